@@ -1,0 +1,38 @@
+"""Which table reads a checkpoint for a model: its own, or that of a larger model it is part of."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from flax_vlm.models import registry
+
+from . import altclip
+from .rules import Drop, Row, Rule, match
+
+TABLES: dict[str, tuple[Row, ...]] = {**altclip.TABLES}
+
+
+def within(rows: Iterable[Row], flax_prefix: str, part: str) -> tuple[Row, ...]:
+    """The table of a whole model, read for the part of it under `flax_prefix`: every other tensor is dropped."""
+
+    def inner(row: Row) -> Row:
+        if isinstance(row, Rule) and all(path.startswith(flax_prefix) for path in row.parts):
+            return replace(row, flax=tuple(path.removeprefix(flax_prefix) for path in row.parts))
+        return Drop(row.torch, f"not in {part}")
+
+    return tuple(map(inner, rows))
+
+
+def layout_for(model: str, names: Iterable[str]) -> tuple[Row, ...]:
+    """The table under which most of a checkpoint's `names` fill parameters of `model`.
+
+    A tower may be saved alone, under its prefix, or inside the whole model; each is read by the same rows.
+    """
+    candidates = [TABLES[model]]
+    candidates += [within(TABLES[whole], prefix, model) for whole, prefix in registry.wholes_of(model).items()]
+    names = list(names)
+
+    def filled(rows: tuple[Row, ...]) -> int:
+        found = (match(rows, name) for name in names)
+        return sum(hit is not None and isinstance(hit[0], Rule) for hit in found)
+
+    return max(candidates, key=filled)

@@ -1,0 +1,36 @@
+"""Token tables whose padding row takes no gradient (torch nn.Embedding with padding_idx)."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
+
+from flax_vlm.layers.linear import Initializer, partitioned
+
+
+class Embed(nn.Module):
+    """A table [V, D] looked up by id.
+
+    The row `padding_idx` is read like any other but never learns, even where padding is attended. Ids outside the
+    table give NaN rows rather than a silently clamped one.
+    """
+
+    num_embeddings: int
+    features: int
+    padding_idx: int | None = None
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    embedding_init: Initializer = nn.initializers.normal(1.0)
+    axes: tuple[str | None, str | None] = ("vocab", "embed")
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        shape = (self.num_embeddings, self.features)
+        table = self.param("embedding", partitioned(self.embedding_init, self.axes), shape, self.param_dtype)
+        (table,) = promote_dtype(table, dtype=self.dtype)
+        rows = table.at[ids].get(mode="fill", fill_value=jnp.nan)
+        if self.padding_idx is None:
+            return rows
+        return jnp.where((ids == self.padding_idx)[..., None], jax.lax.stop_gradient(rows), rows)

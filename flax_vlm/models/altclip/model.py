@@ -1,0 +1,215 @@
+"""AltCLIP (Chen et al., arXiv:2211.06679): an XLM-R text tower and a CLIP image tower that meet in one space.
+
+Reference: transformers 5.23 `AltCLIPModel`. Parameter names are the reference's.
+
+B texts   A images   T tokens   D width   E projection_dim
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
+
+from flax_vlm.layers.attention import Implementation
+from flax_vlm.layers.linear import Dense, wide
+from flax_vlm.layers.norms import LayerNorm
+from flax_vlm.layers.stack import Remat
+from flax_vlm.models.altclip.config import AltCLIPConfig, AltCLIPTextConfig, AltCLIPVisionConfig
+from flax_vlm.models.altclip.roberta import AltRobertaModel
+from flax_vlm.models.clip_vision import CLIPVisionTransformer
+from flax_vlm.models.outputs import ModelOutput
+
+
+class AltCLIPOutput(struct.PyTreeNode):
+    """Embeddings and logits are in at least float32: a bfloat16 logit near 100 is only good to half a unit."""
+
+    logits_per_image: Float[Array, "A B"]
+    logits_per_text: Float[Array, "B A"]
+    text_embeds: Float[Array, "B E"]
+    image_embeds: Float[Array, "A E"]
+    text_model_output: ModelOutput
+    vision_model_output: ModelOutput
+    loss: Float[Array, ""] | None = None
+
+
+def contrastive_loss(logits_per_text: Float[Array, "B B"]) -> Float[Array, ""]:
+    """Mean cross-entropy of texts over images and of images over texts, the pairs on the diagonal (CLIP).
+
+    It is written over the whole batch: with the batch sharded over a mesh, jit gathers the embeddings, and the loss
+    and its gradients are those of one device.
+
+    Raises:
+      ValueError: for unequal numbers of texts and images.
+    """
+    if logits_per_text.shape[0] != logits_per_text.shape[1]:
+        texts, images = logits_per_text.shape
+        raise ValueError(f"the contrastive loss pairs each text with an image: {texts} texts came with {images} images")
+    logits = logits_per_text.astype(wide(logits_per_text.dtype))
+    over_images = jnp.diagonal(jax.nn.log_softmax(logits, axis=1))
+    over_texts = jnp.diagonal(jax.nn.log_softmax(logits, axis=0))
+    return -(over_images.mean() + over_texts.mean()) / 2
+
+
+class AltCLIPVisionModel(CLIPVisionTransformer):
+    """The image tower alone; see `CLIPVisionTransformer`."""
+
+    config: AltCLIPVisionConfig
+    dtype: Dtype = jnp.float32
+
+
+class AltCLIPTextModel(nn.Module):
+    """The text tower: XLM-R, a norm, and a projection of every token to `project_dim`.
+
+    `pooler_output` is the first token's projection, padding or not; `hidden_states` are XLM-R's own.
+    """
+
+    config: AltCLIPTextConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    scan_layers: bool = False
+    remat: Remat = "none"
+    attention_implementation: Implementation = "auto"
+
+    def setup(self) -> None:
+        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.roberta = AltRobertaModel(
+            config,
+            add_pooling_layer=False,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            attention_implementation=self.attention_implementation,
+            **dtypes,
+        )
+        self.pre_LN = LayerNorm(config.layer_norm_eps, **dtypes)
+        init = nn.initializers.normal(config.initializer_range)
+        self.transformation = Dense(config.project_dim, kernel_init=init, kernel_axes=("embed", "project"), **dtypes)
+
+    @nn.nowrap
+    def example_inputs(self) -> dict[str, Array]:
+        """The smallest inputs that reach every parameter."""
+        return AltRobertaModel(self.config).example_inputs()
+
+    def __call__(self, *args: Array | None, **kwargs: Array | bool | None) -> ModelOutput:
+        """Arguments and errors are those of `AltRobertaModel`."""
+        output = self.roberta(*args, **kwargs)
+        projected = self.transformation(self.pre_LN(output.last_hidden_state))
+        return output.replace(last_hidden_state=projected, pooler_output=projected[:, 0])
+
+
+class AltCLIPModel(nn.Module):
+    """Texts and images to embeddings, and to the logits of every text against every image."""
+
+    config: AltCLIPConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    scan_layers: bool = False
+    remat: Remat = "none"
+    attention_implementation: Implementation = "auto"
+
+    def setup(self) -> None:
+        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        run = {
+            "scan_layers": self.scan_layers,
+            "remat": self.remat,
+            "attention_implementation": self.attention_implementation,
+        }
+        self.text_model = AltCLIPTextModel(config.text_config, **dtypes, **run)
+        self.vision_model = AltCLIPVisionModel(config.vision_config, **dtypes, **run)
+
+        def projection(fan_in: int) -> Dense:
+            init = nn.initializers.normal(config.initializer_factor * fan_in**-0.5)
+            axes = ("embed", "project")
+            return Dense(config.projection_dim, use_bias=False, kernel_init=init, kernel_axes=axes, **dtypes)
+
+        self.text_projection = projection(config.text_config.project_dim)
+        self.visual_projection = projection(config.vision_config.hidden_size)
+        scale_init = nn.initializers.constant(config.logit_scale_init_value)
+        self.logit_scale = self.param("logit_scale", scale_init, (), self.param_dtype)
+
+    @nn.nowrap
+    def example_inputs(self) -> dict[str, Array]:
+        """The smallest inputs that reach every parameter."""
+        text = AltRobertaModel(self.config.text_config).example_inputs()
+        return text | AltCLIPVisionModel(self.config.vision_config).example_inputs()
+
+    def get_text_features(
+        self,
+        input_ids: Int[Array, "B T"] | None = None,
+        attention_mask: Array | None = None,
+        token_type_ids: Int[Array, "B T"] | None = None,
+        position_ids: Int[Array, "#B T"] | None = None,
+        inputs_embeds: Float[Array, "B T D"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B E"]:
+        """The texts in the common space, not normalised."""
+        output = self.text_model(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, deterministic=deterministic
+        )
+        return self.text_projection(output.pooler_output)
+
+    def get_image_features(
+        self,
+        pixel_values: Float[Array, "A height width C"],
+        interpolate_pos_encoding: bool = False,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "A E"]:
+        """The images in the common space, not normalised."""
+        output = self.vision_model(pixel_values, interpolate_pos_encoding, deterministic=deterministic)
+        return self.visual_projection(output.pooler_output)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"] | None = None,
+        pixel_values: Float[Array, "A height width C"] | None = None,
+        attention_mask: Array | None = None,
+        token_type_ids: Int[Array, "B T"] | None = None,
+        position_ids: Int[Array, "#B T"] | None = None,
+        inputs_embeds: Float[Array, "B T D"] | None = None,
+        *,
+        return_loss: bool = False,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        deterministic: bool = True,
+    ) -> AltCLIPOutput:
+        """
+        Args:
+          input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: see `AltRobertaModel`.
+          pixel_values: channels-last.
+          return_loss: also the contrastive loss; text i belongs to image i.
+
+        Raises:
+          ValueError: for missing images or texts, or shapes that do not fit.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values; for texts alone use get_text_features")
+        flags = {
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+            "deterministic": deterministic,
+        }
+        vision = self.vision_model(pixel_values, interpolate_pos_encoding, **flags)
+        text = self.text_model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **flags)
+        image_embeds = _normalised(self.visual_projection(vision.pooler_output))
+        text_embeds = _normalised(self.text_projection(text.pooler_output))
+        scale = jnp.exp(self.logit_scale.astype(text_embeds.dtype))
+        logits_per_text = text_embeds @ image_embeds.T * scale
+        return AltCLIPOutput(
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text,
+            vision_model_output=vision,
+            loss=contrastive_loss(logits_per_text) if return_loss else None,
+        )
+
+
+def _normalised(features: Float[Array, "B E"]) -> Float[Array, "B E"]:
+    """Unit length, in at least float32."""
+    features = features.astype(wide(features.dtype))
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)

@@ -1,0 +1,212 @@
+"""The front door: `from_pretrained` and what it gives."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from flax_vlm import checkpoint, parallel
+from flax_vlm.layers.stack import stack_params, unstack_params
+from flax_vlm.models import registry
+from flax_vlm.models.abstract import abstract_params
+
+logger = logging.getLogger("flax_vlm")
+
+_HUB_FILES = (checkpoint.CONFIG, *checkpoint.PROCESSOR_FILES, f"{checkpoint.PARAMS}/*")
+
+
+class VLM:
+    """A model with its parameters, config and processor.
+
+    Attributes:
+      model: the linen module; `model.apply({"params": params}, ...)` is the plain way to use it.
+      params: a nested dictionary of arrays.
+      config: the frozen dataclass that the module was built from.
+      processor: turns texts and pictures into inputs; None where the checkpoint brings no files for one.
+    """
+
+    def __init__(self, model: Any, params: Mapping[str, Any], processor: Any = None) -> None:
+        self.model = model
+        self.params = params
+        self.processor = processor
+        self._apply = jax.jit(self._traced, static_argnames=("method", "flags"))
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def __call__(self, *, method: str | None = None, rngs: Mapping[str, jax.Array] | None = None, **inputs: Any) -> Any:
+        """The jitted forward pass, or `method` of the module; inputs and outputs are named as in transformers.
+
+        Booleans are compiled in; everything else is an array. A new combination of shapes compiles once more, and a
+        log line (logger "flax_vlm", level INFO) says so.
+        """
+        flags = {name: value for name, value in inputs.items() if isinstance(value, bool)}
+        arrays = {name: value for name, value in inputs.items() if name not in flags and value is not None}
+        return self._apply(self.params, arrays, rngs, method=method, flags=tuple(sorted(flags.items())))
+
+    def _traced(
+        self, params: Any, arrays: dict[str, Any], rngs: Any, method: str | None, flags: tuple[tuple[str, bool], ...]
+    ) -> Any:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items() if hasattr(array, "shape"))
+        logger.info("compiling %s%s for %s", type(self.model).__name__, f".{method}" if method else "", shapes)
+        return self.model.apply({"params": params}, **arrays, **dict(flags), rngs=rngs, method=method)
+
+    def get_text_features(self, **inputs: Any) -> jax.Array:
+        """Texts in the space they share with images, [B, projection_dim], not normalised."""
+        return self(method="get_text_features", **inputs)
+
+    def get_image_features(self, **inputs: Any) -> jax.Array:
+        """Images in the space they share with texts, [B, projection_dim], not normalised."""
+        return self(method="get_image_features", **inputs)
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> "VLM":
+        """A copy without these self-attention heads, {layer: [heads]}, of the text tower."""
+        from flax_vlm.models.altclip import prune_heads
+
+        config, params = prune_heads(self.config, self.params, heads_to_prune)
+        return VLM(self.model.clone(config=config), params, self.processor)
+
+    def save_pretrained(self, target: str | Path, overwrite: bool = False) -> None:
+        """Writes a native checkpoint; `flax_vlm.convert.to_torch` takes it on to PyTorch.
+
+        Raises:
+          FileExistsError: when `target` is taken.
+        """
+        params = unstack_params(self.params)
+        data = {
+            **self.config.to_hf(),
+            "architectures": [type(self.model).__name__],
+            "torch_dtype": str(np.dtype(jax.tree.leaves(params)[0].dtype)),
+        }
+        with checkpoint.whole_folder(target, overwrite) as folder:
+            checkpoint.write_config(folder, data)
+            if self.processor is not None:
+                self.processor.save(folder)
+            checkpoint.save_params(folder, params)
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    model_class: type[nn.Module] | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    rules: parallel.Rules = parallel.FSDP,
+    scan_layers: bool = False,
+    **model_options: Any,
+) -> VLM:
+    """Loads a checkpoint: a folder in PyTorch's layout or a native one, or the name of a repository on the Hub.
+
+    Args:
+      model_class: a part of the model to take out of the whole, `AltCLIPTextModel` say.
+      dtype: of parameters and computation; None keeps the checkpoint's.
+      mesh: place parameters on it by `rules`, each device's slice straight from the file; without, on one device.
+      rules: logical axis name -> mesh axis, see `flax_vlm.parallel`.
+      scan_layers: run the layers as a scan (fast to compile, for training) instead of unrolled (fast to run).
+      model_options: further attributes of the module: `remat`, `attention_implementation` ...
+
+    Raises:
+      ValueError: (ConversionError for PyTorch files) when files, config and model do not fit together.
+    """
+    folder = _local_folder(path)
+    data = checkpoint.read_config(folder)
+    config = registry.read_config(data)
+    open_folder = _open_native if checkpoint.is_native(folder) else _open_torch
+    model, abstract, own_dtype, read = open_folder(folder, config, model_class, data.get("architectures"))
+    compute = np.dtype(own_dtype if dtype is None else dtype)
+    if compute == np.float64 and not jax.config.jax_enable_x64:
+        raise ValueError(
+            f"{folder} is in float64, which JAX has off: set jax.config.update('jax_enable_x64', True), "
+            "or pass dtype='float32'"
+        )
+
+    if mesh is None:
+        device = SingleDeviceSharding(jax.devices()[0])
+        placed = jax.tree.map(lambda _: device, nn.meta.unbox(abstract))
+    else:
+        placed = parallel.shardings(abstract, mesh, rules)
+    params = read(flatten_dict(placed, sep="/"), dtype)
+    if scan_layers:
+        params = stack_params(params)
+    model = model.clone(dtype=compute, param_dtype=compute, scan_layers=scan_layers, **model_options)
+    return VLM(model, params, _processor(folder, data))
+
+
+_Read = Callable[[Mapping[str, Sharding], Any], dict[str, Any]]
+_Opened = tuple[Any, Any, Any, _Read]  # model, abstract parameters, the checkpoint's dtype, how to read it
+
+
+def _open_torch(folder: Path, config: Any, model_class: Any, architectures: Any) -> _Opened:
+    from flax_vlm.convert import port
+    from flax_vlm.convert.torch_files import TorchFiles
+
+    planned = port.plan(config, TorchFiles.open(folder), model_class, architectures)
+
+    def read(shardings: Mapping[str, Sharding], dtype: Any) -> dict[str, Any]:
+        return unflatten_dict(dict(port.place(planned, shardings.__getitem__, dtype)), sep="/")
+
+    return planned.model, planned.abstract, planned.dtype, read
+
+
+def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any) -> _Opened:
+    whole = registry.model_class(config, architectures)
+    model_class = model_class or whole
+    prefix = "" if model_class is whole else registry.wholes_of(model_class.__name__).get(whole.__name__)
+    if prefix is None:
+        raise ValueError(f"{folder} holds a {whole.__name__}: it has no {model_class.__name__} inside")
+    info = checkpoint.params_info(folder)
+    held = {path.removeprefix(prefix): leaf for path, leaf in info.items() if path.startswith(prefix)}
+    model = registry.build(model_class, registry.config_for(model_class, config), held)
+    abstract = abstract_params(model)
+    expected = flatten_dict(nn.meta.unbox(abstract), sep="/")
+    faults = [f"{path}: missing" for path in expected.keys() - held.keys()]
+    faults += [f"{path}: not a parameter of {model_class.__name__}" for path in held.keys() - expected.keys()]
+    faults += [
+        f"{path}: has shape {held[path].shape}; {expected[path].shape} was expected"
+        for path in expected.keys() & held.keys()
+        if held[path].shape != expected[path].shape
+    ]
+    if faults:
+        listed = "\n  ".join(sorted(faults)[:10])
+        raise ValueError(f"{folder}: config.json and parameters do not belong together ({len(faults)} faults):\n  {listed}")
+
+    def read(shardings: Mapping[str, Sharding], dtype: Any) -> dict[str, Any]:
+        targets = {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=shardings[path])
+            for path, leaf in held.items()
+        }
+        return checkpoint.restore_params(folder, targets, prefix)
+
+    floats = {leaf.dtype for leaf in held.values() if jax.numpy.issubdtype(leaf.dtype, np.floating)}
+    return model, abstract, jax.numpy.result_type(*floats), read
+
+
+def _local_folder(path: str | Path) -> Path:
+    """`path`, or the local copy of a repository on the Hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise ValueError(f"{path}: expected the folder of a checkpoint, or a repository of the Hub such as BAAI/AltCLIP")
+    from huggingface_hub import snapshot_download
+
+    safetensors = snapshot_download(str(path), allow_patterns=[*_HUB_FILES, "*.safetensors", "*.safetensors.index.json"])
+    if any(Path(safetensors).glob("*.safetensors")) or checkpoint.is_native(safetensors):
+        return Path(safetensors)
+    return Path(snapshot_download(str(path), allow_patterns=[*_HUB_FILES, "*.bin", "*.bin.index.json"]))
+
+
+def _processor(folder: Path, data: Mapping[str, Any]) -> Any:
+    """The family's processor, None where its files are missing."""
+    if not any((folder / name).is_file() for name in checkpoint.PROCESSOR_FILES):
+        return None
+    from flax_vlm import processing
+
+    return processing.from_dir(folder, data["model_type"])
