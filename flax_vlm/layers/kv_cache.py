@@ -33,11 +33,11 @@ class KeyValue(struct.PyTreeNode):
 
     def write(self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], index: Int[Array, ""]) -> KeyValue:
         """These buffers with `key` and `value` in the slots from `index` on."""
-        start = (0, index, 0, 0)
-        return KeyValue(
-            key=lax.dynamic_update_slice(self.key, key.astype(self.key.dtype), start),
-            value=lax.dynamic_update_slice(self.value, value.astype(self.value.dtype), start),
-        )
+
+        def put(buffer: Array, new: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), index, axis=1)
+
+        return KeyValue(put(self.key, key), put(self.value, value))
 
 
 class KVCache(struct.PyTreeNode):
@@ -87,7 +87,7 @@ class KVCache(struct.PyTreeNode):
                 f"the cache has {self.length} slots, {used} of them used: {new_tokens} new tokens do not fit. "
                 "Create it with a larger length"
             )
-        opened = lax.dynamic_update_slice(self.may_attend, may_attend, (0, self.index))
+        opened = lax.dynamic_update_slice_in_dim(self.may_attend, may_attend, self.index, axis=1)
         return self.replace(may_attend=opened)
 
     def mask(self, num_queries: int) -> Mask:

@@ -320,6 +320,7 @@ def test_nothing_is_wrong_with_the_state():
         ({"layers.0.weight": np.zeros((3, 2))}, DOUBLED, "layer_0/kernel: layer.0.weight, layers.0.weight"),
         ({"layer.0.weight": np.zeros((2, 3))}, MISSHAPEN, "layer.0.weight has shape (2, 3); (3, 2) was expected"),
         ({"qkv": np.zeros((6, 2))}, MISSHAPEN, "qkv has shape (6, 2); (5, 2) was expected"),
+        ({"qkv": np.zeros((5, 3))}, MISSHAPEN, "qkv has shape (5, 3); (5, 2) was expected"),
         ({"qkv": np.zeros((5, 2), np.int8)}, INTEGERS, "qkv is int8"),
     ],
 )

@@ -123,6 +123,15 @@ def test_transposes_survive(tmp_path: Path):
     assert equal(read["flipped"], weight[::-1])
 
 
+def test_each_tensor_is_aligned_to_its_item_size(tmp_path: Path):
+    """Readers that map the file take its bytes as they lie."""
+    data = (write(tmp_path, STATE) / "model.safetensors").read_bytes()
+    header_size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + header_size])
+    for name, array in STATE.items():
+        assert (8 + header_size + header[name]["data_offsets"][0]) % array.itemsize == 0
+
+
 def test_torch_reads_what_is_written(tmp_path: Path):
     torch = pytest.importorskip("torch")
     from safetensors import safe_open
