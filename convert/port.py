@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_vlm import checkpoint
+from flax_vlm.layers.param_tree import flatten_params, unflatten_params
 from flax_vlm.layers.stack import unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
@@ -62,7 +62,7 @@ def plan(
     rows = layout_for(model_class.__name__, files.tensors)
     model = registry.build(model_class, config, _filled_paths(rows, files))
     abstract = abstract_params(model)
-    params = flatten_dict(nn.meta.unbox(abstract), sep="/")
+    params = flatten_params(nn.meta.unbox(abstract))
     return Plan(model, config, files, plan_read(rows, files.tensors, params), abstract)
 
 
@@ -96,7 +96,7 @@ def to_flax(
         checkpoint.write_config(folder, data)
         checkpoint.copy_processor(source, folder)
         params = {each.flax: _cast(planned.read(each), dtype) for each in planned.sources}
-        checkpoint.save_params(folder, unflatten_dict(params, sep="/"))
+        checkpoint.save_params(folder, unflatten_params(params))
 
 
 def to_torch(
@@ -124,7 +124,7 @@ def to_torch(
     data = checkpoint.read_config(source)
     model_class = registry.model_class(registry.read_config(data), data.get("architectures"))
     info = checkpoint.params_info(source)
-    params = flatten_dict(checkpoint.restore_params(source, info), sep="/")
+    params = flatten_params(checkpoint.restore_params(source, info))
     with checkpoint.whole_folder(target, overwrite) as folder:
         write_checkpoint(folder, data, model_class, params, dtype, key_style, max_shard_size)
         checkpoint.copy_processor(source, folder)
@@ -165,7 +165,7 @@ def state_dict(
       ConversionError: for parameters that the model does not have.
     """
     model_class = model_class or registry.model_class(config)
-    params = {path: np.asarray(leaf) for path, leaf in flatten_dict(unstack_params(tree), sep="/").items()}
+    params = {path: np.asarray(leaf) for path, leaf in flatten_params(unstack_params(tree)).items()}
     targets = plan_write(TABLES[model_class.__name__], params, key_style)
     return {each.torch: each.build(params.__getitem__) for each in targets}
 
@@ -179,7 +179,7 @@ def from_state_dict(
       ConversionError: naming every tensor and parameter that does not fit.
     """
     planned = plan(config, InMemory(state), model_class)
-    return unflatten_dict({each.flax: planned.read(each) for each in planned.sources}, sep="/")
+    return unflatten_params({each.flax: planned.read(each) for each in planned.sources})
 
 
 def place(
@@ -193,7 +193,7 @@ def place(
     """
     for source in planned.sources:
 
-        def piece(index: tuple[slice, ...], source: Source = source) -> np.ndarray:
+        def piece(index: tuple[slice, ...] | None, source: Source = source) -> np.ndarray:
             return _cast(planned.read(source, index), dtype)
 
         yield source.flax, jax.make_array_from_callback(source.shape, sharding(source.flax), piece)

@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_vlm.layers.param_tree import flatten_params, unflatten_params
 
 PARAMS = "params"
 CONFIG = "config.json"
@@ -107,7 +108,7 @@ def params_info(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Path "a/b/kernel" -> shape and dtype of every parameter, without reading any."""
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata((Path(path) / PARAMS).resolve()).item_metadata
-    leaves = flatten_dict(metadata.tree if hasattr(metadata, "tree") else metadata, sep="/")
+    leaves = flatten_params(metadata.tree)
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
 
 
@@ -117,7 +118,7 @@ def restore_params(path: str | Path, targets: Mapping[str, jax.ShapeDtypeStruct]
     Args:
       targets: path "a/b/kernel" (without the prefix) -> shape, dtype and, optionally, sharding.
     """
-    tree = unflatten_dict({prefix + name: target for name, target in targets.items()}, sep="/")
+    tree = unflatten_params({prefix + name: target for name, target in targets.items()})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(
             (Path(path) / PARAMS).resolve(),

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from flax_vlm import checkpoint, parallel
+from flax_vlm.layers.param_tree import flatten_params, unflatten_params
 from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
+from flax_vlm.processing import load_processor
 
 logger = logging.getLogger("flax_vlm")
 
@@ -121,7 +122,7 @@ def from_pretrained(
     open_folder = _open_native if checkpoint.is_native(folder) else _open_torch
     model, abstract, own_dtype, read = open_folder(folder, config, model_class, data.get("architectures"))
     compute = np.dtype(own_dtype if dtype is None else dtype)
-    if compute == np.float64 and not jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(compute) != compute:
         raise ValueError(
             f"{folder} is in float64, which JAX has off: set jax.config.update('jax_enable_x64', True), "
             "or pass dtype='float32'"
@@ -132,11 +133,11 @@ def from_pretrained(
         placed = jax.tree.map(lambda _: device, nn.meta.unbox(abstract))
     else:
         placed = parallel.shardings(abstract, mesh, rules)
-    params = read(flatten_dict(placed, sep="/"), dtype)
+    params = read(flatten_params(placed), dtype)
     if scan_layers:
         params = stack_params(params)
     model = model.clone(dtype=compute, param_dtype=compute, scan_layers=scan_layers, **model_options)
-    return VLM(model, params, _processor(folder, data))
+    return VLM(model, params, load_processor(folder))
 
 
 _Read = Callable[[Mapping[str, Sharding], Any], dict[str, Any]]
@@ -150,7 +151,7 @@ def _open_torch(folder: Path, config: Any, model_class: Any, architectures: Any)
     planned = port.plan(config, TorchFiles.open(folder), model_class, architectures)
 
     def read(shardings: Mapping[str, Sharding], dtype: Any) -> dict[str, Any]:
-        return unflatten_dict(dict(port.place(planned, shardings.__getitem__, dtype)), sep="/")
+        return unflatten_params(dict(port.place(planned, shardings.__getitem__, dtype)))
 
     return planned.model, planned.abstract, planned.dtype, read
 
@@ -165,7 +166,7 @@ def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any
     held = {path.removeprefix(prefix): leaf for path, leaf in info.items() if path.startswith(prefix)}
     model = registry.build(model_class, registry.config_for(model_class, config), held)
     abstract = abstract_params(model)
-    expected = flatten_dict(nn.meta.unbox(abstract), sep="/")
+    expected = flatten_params(nn.meta.unbox(abstract))
     faults = [f"{path}: missing" for path in expected.keys() - held.keys()]
     faults += [f"{path}: not a parameter of {model_class.__name__}" for path in held.keys() - expected.keys()]
     faults += [
@@ -175,7 +176,9 @@ def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any
     ]
     if faults:
         listed = "\n  ".join(sorted(faults)[:10])
-        raise ValueError(f"{folder}: config.json and parameters do not belong together ({len(faults)} faults):\n  {listed}")
+        raise ValueError(
+            f"{folder}: config.json and parameters do not belong together ({len(faults)} faults):\n  {listed}"
+        )
 
     def read(shardings: Mapping[str, Sharding], dtype: Any) -> dict[str, Any]:
         targets = {
@@ -194,19 +197,14 @@ def _local_folder(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise ValueError(f"{path}: expected the folder of a checkpoint, or a repository of the Hub such as BAAI/AltCLIP")
+        raise ValueError(
+            f"{path}: expected the folder of a checkpoint, or a repository of the Hub such as BAAI/AltCLIP"
+        )
     from huggingface_hub import snapshot_download
 
-    safetensors = snapshot_download(str(path), allow_patterns=[*_HUB_FILES, "*.safetensors", "*.safetensors.index.json"])
+    safetensors = snapshot_download(
+        str(path), allow_patterns=[*_HUB_FILES, "*.safetensors", "*.safetensors.index.json"]
+    )
     if any(Path(safetensors).glob("*.safetensors")) or checkpoint.is_native(safetensors):
         return Path(safetensors)
     return Path(snapshot_download(str(path), allow_patterns=[*_HUB_FILES, "*.bin", "*.bin.index.json"]))
-
-
-def _processor(folder: Path, data: Mapping[str, Any]) -> Any:
-    """The family's processor, None where its files are missing."""
-    if not any((folder / name).is_file() for name in checkpoint.PROCESSOR_FILES):
-        return None
-    from flax_vlm import processing
-
-    return processing.from_dir(folder, data["model_type"])

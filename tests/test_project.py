@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "models": {"layers"},
     "processing": set(),
     "parallel": set(),
-    "checkpoint": {"parallel"},
+    "checkpoint": {"parallel", "layers"},
     "convert": BELOW_CONVERT,
     "generation": BELOW_CONVERT,
     "training": BELOW_CONVERT,
     "pretrained": BELOW_PRETRAINED,
-    "cli": BELOW_PRETRAINED | {"pretrained", "flax_vlm"},
+    "demo": BELOW_PRETRAINED | {"pretrained", "flax_vlm"},
+    "cli": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "demo"},
 }
 NEVER_ON_IMPORT = {"torch", "transformers", "matplotlib"}
 

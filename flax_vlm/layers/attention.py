@@ -104,7 +104,9 @@ def attend(
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
     if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != head_dim:
-        raise ValueError(f"query {query.shape}, key {key.shape}, value {value.shape}: expected [B T N H], 2 x [B S K H]")
+        raise ValueError(
+            f"query {query.shape}, key {key.shape}, value {value.shape}: expected [B T N H], 2 x [B S K H]"
+        )
     if num_kv_heads and num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key/value heads evenly")
 
@@ -113,7 +115,7 @@ def attend(
         causal_mask(num_queries, num_keys) if causal else None,
         length_mask(key_value_lengths, num_keys) if key_value_lengths is not None else None,
     )
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = head_dim**-0.5 if scale is None else scale
     dropping = dropout_rate > 0 and dropout_rng is not None
     if implementation == "blocked" and (dropping or return_weights):
         raise ValueError("attention weights and their dropout exist in implementation 'xla' only: ask for it or 'auto'")
@@ -121,13 +123,13 @@ def attend(
         raise ValueError(f"unknown attention implementation {implementation!r}: expected 'auto', 'xla' or 'blocked'")
 
     if dropping or return_weights:
-        return _attend_xla(query, key, value, mask, bias, scale, dropout_rate if dropping else 0.0, dropout_rng)
+        return _attend_xla(query, key, value, mask, bias, factor, dropout_rate, dropout_rng if dropping else None)
 
     def xla(query: Array, key: Array, value: Array) -> Array:
-        return _attend_xla(query, key, value, mask, bias, scale)[0]
+        return _attend_xla(query, key, value, mask, bias, factor)[0]
 
     def blocked(query: Array, key: Array, value: Array) -> Array:
-        return _attend_blocked(query, key, value, mask, bias, scale)
+        return _attend_blocked(query, key, value, mask, bias, factor)
 
     scores = batch * num_heads * num_queries * num_keys
     if implementation == "xla" or scores <= _SMALL:
@@ -163,7 +165,7 @@ def _attend_xla(
     weights = jax.nn.softmax(scores, axis=-1)
     if mask is not None:  # a row that may attend nothing has become uniform
         weights = jnp.where(mask.any(-1, keepdims=True), weights, 0)
-    if dropout_rate > 0:
+    if dropout_rng is not None:
         keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, weights.shape)
         weights = jnp.where(keep, weights / (1 - dropout_rate), 0)
     weights = weights.astype(query.dtype)
@@ -199,7 +201,7 @@ def _attend_blocked(
         outs = []
         for group in range(groups):
             q, k, v = (_group(array, group, groups, 2) for array in (queries, keys, values))
-            m, b = (_group(array, group, groups, 1) for array in (row_mask, row_bias))
+            m, b = (None if array is None else _group(array, group, groups, 1) for array in (row_mask, row_bias))
             outs.append(_attend_xla(q, k, v, m, b, scale)[0])
         return jnp.concatenate(outs, axis=2)
 
@@ -223,9 +225,9 @@ def _attend_blocked(
     return jnp.concatenate([out[:, :-1].reshape(batch, -1, *query.shape[2:]), last], axis=1)
 
 
-def _group(array: Array | None, index: int, groups: int, axis: int) -> Array | None:
+def _group(array: Array, index: int, groups: int, axis: int) -> Array:
     """Group `index` of the heads on `axis`; an axis of one head serves all groups."""
-    if array is None or array.shape[axis] == 1 or groups == 1:
+    if array.shape[axis] == 1 or groups == 1:
         return array
     size = array.shape[axis] // groups
     return lax.slice_in_dim(array, index * size, (index + 1) * size, axis=axis)

@@ -78,4 +78,5 @@ class MLP(nn.Module):
             )
 
         inner = dense(self.intermediate_size, "fc1", self.fc1_init, ("embed", "mlp"))(hidden_states)
-        return dense(hidden_states.shape[-1], "fc2", self.fc2_init, ("mlp", "embed"))(activation(self.hidden_act)(inner))
+        inner = activation(self.hidden_act)(inner)
+        return dense(hidden_states.shape[-1], "fc2", self.fc2_init, ("mlp", "embed"))(inner)

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_vlm.layers.attention import Mask, causal_mask
@@ -31,7 +31,9 @@ class KeyValue(struct.PyTreeNode):
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K H"]
 
-    def write(self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], index: Int[Array, ""]) -> KeyValue:
+    def write(
+        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], index: int | Int[Array, ""]
+    ) -> KeyValue:
         """These buffers with `key` and `value` in the slots from `index` on."""
 
         def put(buffer: Array, new: Array) -> Array:
@@ -81,7 +83,7 @@ class KVCache(struct.PyTreeNode):
           ValueError: when the slots are known not to suffice (inside jit the index is unknown: check before a loop).
         """
         new_tokens = may_attend.shape[1]
-        used = 0 if isinstance(self.index, jax.core.Tracer) else int(self.index)
+        used = 0 if isinstance(self.index, Tracer) else int(self.index)
         if used + new_tokens > self.length:
             raise ValueError(
                 f"the cache has {self.length} slots, {used} of them used: {new_tokens} new tokens do not fit. "

@@ -158,10 +158,10 @@ class PatchEmbed(nn.Module):
             self.param_dtype,
         )
         patches = conv(pixel_values)
-        grid = patches.shape[1:3]
+        rows, columns = patches.shape[1:3]
         # A square picture of the trained number of patches keeps the table as it is, whatever its size in pixels.
-        if interpolate_pos_encoding and not (grid[0] * grid[1] == trained and height == width):
-            resized = resize_positions(positions[1:], grid, self.position_scale)
+        if interpolate_pos_encoding and not (rows * columns == trained and height == width):
+            resized = resize_positions(positions[1:], (rows, columns), self.position_scale)
             positions = jnp.concatenate([positions[:1], resized])
         class_token, positions = promote_dtype(class_token, positions, dtype=self.dtype)
         patches = patches.reshape(batch, -1, self.hidden_size)

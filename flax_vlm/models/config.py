@@ -26,9 +26,9 @@ DECORATION = frozenset(
     length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
     num_return_sequences output_attentions output_hidden_states output_scores pooler_fn prefix problem_type
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings
-    text_config_dict tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16
-    use_cache vision_config_dict
+    task_specific_params temperature text_config_dict tf_legacy_loss tie_encoder_decoder tie_word_embeddings
+    tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+    vision_config_dict
     """.split()
 )
 
@@ -63,7 +63,7 @@ def config_from_hf(
 
 
 def _checked(owner: str, name: str, value: Any, hint: Any) -> Any:
-    """`value` as the scalar type `hint` (int, float, bool, str, None or a union of them) or an error naming the field."""
+    """`value` if it is of the scalar type `hint` (or a union of such), or an error naming the field."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -1,7 +1,7 @@
 """From logical axis names to shardings.
 
-Modules name the axes of their parameters ("embed", "mlp", "heads", "vocab", ...) and know no mesh; a table of rules maps
-names to mesh axes. The mesh has the axes `data`, `fsdp` and `tensor`.
+Modules name the axes of their parameters ("embed", "mlp", "heads", "vocab", ...) and know no mesh; a table of rules
+maps names to mesh axes. The mesh has the axes `data`, `fsdp` and `tensor`.
 """
 
 import math
@@ -26,7 +26,7 @@ FSDP: Rules = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp, tensor; one of them may be -1 and takes what is left.
 
     Raises:
@@ -52,8 +52,10 @@ def shardings(boxed: Any, mesh: Mesh, rules: Rules = FSDP) -> Any:
     def place(leaf: Any) -> NamedSharding:
         names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
         shape = nn.meta.unbox(leaf).shape
-        spec = [table.get(name) for name in names]
-        spec = [axes if axes and size % _ways(mesh, axes) == 0 else None for axes, size in zip(spec, shape, strict=False)]
+        spec = []
+        for name, size in zip(names, shape, strict=bool(names)):
+            axes = table.get(name or "")
+            spec.append(axes if axes and size % _ways(mesh, axes) == 0 else None)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))

@@ -48,11 +48,12 @@ class Golden:
         inputs = {key: value for key, value in (self.inputs | changes).items() if value is not None}
         flags = {key: value for key, value in inputs.items() if isinstance(value, bool)}
         arrays = {key: value for key, value in inputs.items() if key not in flags}
-        apply = (model or self.model).apply
-        return jax.jit(lambda p, a: apply({"params": p}, **a, **flags))(self.params if params is None else params, arrays)
+        apply, params = (model or self.model).apply, self.params if params is None else params
+        return jax.jit(lambda p, a: apply({"params": p}, **a, **flags))(params, arrays)
 
     def sequence(self, name: str) -> list[np.ndarray]:
-        return [self.arrays[f"out/{name}/{i}"] for i in range(len([k for k in self.arrays if k.startswith(f"out/{name}/")]))]
+        count = sum(key.startswith(f"out/{name}/") for key in self.arrays)
+        return [self.arrays[f"out/{name}/{i}"] for i in range(count)]
 
 
 @pytest.fixture(params=DTYPES)

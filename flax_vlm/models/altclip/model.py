@@ -5,6 +5,8 @@ Reference: transformers 5.23 `AltCLIPModel`. Parameter names are the reference's
 B texts   A images   T tokens   D width   E projection_dim
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -73,7 +75,8 @@ class AltCLIPTextModel(nn.Module):
     attention_implementation: Implementation = "auto"
 
     def setup(self) -> None:
-        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        config = self.config
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.roberta = AltRobertaModel(
             config,
             add_pooling_layer=False,
@@ -109,8 +112,9 @@ class AltCLIPModel(nn.Module):
     attention_implementation: Implementation = "auto"
 
     def setup(self) -> None:
-        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        run = {
+        config = self.config
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        run: dict[str, Any] = {
             "scan_layers": self.scan_layers,
             "remat": self.remat,
             "attention_implementation": self.attention_implementation,
@@ -148,7 +152,7 @@ class AltCLIPModel(nn.Module):
         output = self.text_model(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, deterministic=deterministic
         )
-        return self.text_projection(output.pooler_output)
+        return self.text_projection(_pooled(output))
 
     def get_image_features(
         self,
@@ -159,7 +163,7 @@ class AltCLIPModel(nn.Module):
     ) -> Float[Array, "A E"]:
         """The images in the common space, not normalised."""
         output = self.vision_model(pixel_values, interpolate_pos_encoding, deterministic=deterministic)
-        return self.visual_projection(output.pooler_output)
+        return self.visual_projection(_pooled(output))
 
     def __call__(
         self,
@@ -187,15 +191,15 @@ class AltCLIPModel(nn.Module):
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values; for texts alone use get_text_features")
-        flags = {
+        flags: dict[str, Any] = {
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
             "deterministic": deterministic,
         }
         vision = self.vision_model(pixel_values, interpolate_pos_encoding, **flags)
         text = self.text_model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **flags)
-        image_embeds = _normalised(self.visual_projection(vision.pooler_output))
-        text_embeds = _normalised(self.text_projection(text.pooler_output))
+        image_embeds = _normalised(self.visual_projection(_pooled(vision)))
+        text_embeds = _normalised(self.text_projection(_pooled(text)))
         scale = jnp.exp(self.logit_scale.astype(text_embeds.dtype))
         logits_per_text = text_embeds @ image_embeds.T * scale
         return AltCLIPOutput(
@@ -207,6 +211,11 @@ class AltCLIPModel(nn.Module):
             vision_model_output=vision,
             loss=contrastive_loss(logits_per_text) if return_loss else None,
         )
+
+
+def _pooled(output: ModelOutput) -> Float[Array, "B D"]:
+    assert output.pooler_output is not None, "both towers pool"
+    return output.pooler_output
 
 
 def _normalised(features: Float[Array, "B E"]) -> Float[Array, "B E"]:

@@ -23,11 +23,17 @@ def prune_heads(
       ValueError: for a layer or head that does not exist, or stacked (scanned) parameters.
     """
     if isinstance(config, AltCLIPConfig):
-        text_config, text = prune_heads(config.text_config, params["text_model"], heads_to_prune)
+        text_config, text = _prune_text(config.text_config, params["text_model"], heads_to_prune)
         return dataclasses.replace(config, text_config=text_config), {**params, "text_model": text}
+    return _prune_text(config, params, heads_to_prune)
+
+
+def _prune_text(
+    config: AltCLIPTextConfig, params: Mapping[str, Any], heads_to_prune: Mapping[int, Sequence[int]]
+) -> tuple[AltCLIPTextConfig, dict[str, Any]]:
     if "roberta" in params:
-        config, roberta = prune_heads(config, params["roberta"], heads_to_prune)
-        return config, {**params, "roberta": roberta}
+        pruned, roberta = _prune_text(config, params["roberta"], heads_to_prune)
+        return pruned, {**params, "roberta": roberta}
 
     encoder = dict(params["encoder"])
     if "layers" in encoder:

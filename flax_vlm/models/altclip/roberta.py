@@ -26,7 +26,7 @@ def roberta_position_ids(
 ) -> Int[Array, "B T"]:
     """Tokens count up from pad + 1, padding stays at pad; taken from the ids, not from the attention mask.
 
-        ids  7 8 9 pad pad  ->  2 3 4 1 1      (pad = 1)
+    ids  7 8 9 pad pad  ->  2 3 4 1 1      (pad = 1)
     """
     token = (input_ids != pad_token_id).astype(jnp.int32)
     return (jnp.cumsum(token, axis=1) + past) * token + pad_token_id
@@ -64,17 +64,18 @@ class AltRobertaEmbeddings(RobertaModule):
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
         pad = self.config.pad_token_id
-        if position_ids is None:
-            if input_ids is not None:
-                position_ids = roberta_position_ids(input_ids, pad, past)
-            else:
-                position_ids = (jnp.arange(inputs_embeds.shape[1]) + past + pad + 1)[None]
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if input_ids is not None:
+            words = self.word_embeddings(input_ids)
+            default_positions = roberta_position_ids(input_ids, pad, past)
+        else:
+            assert inputs_embeds is not None
+            words = inputs_embeds
+            default_positions = (jnp.arange(words.shape[1]) + past + pad + 1)[None]
         if token_type_ids is None:
             token_type_ids = jnp.zeros(words.shape[:2], jnp.int32)
         embeddings = words + self.token_type_embeddings(token_type_ids)
         # A relative model holds the table too, and its checkpoints carry it, but it is not added.
-        positions = self.position_embeddings(position_ids)
+        positions = self.position_embeddings(default_positions if position_ids is None else position_ids)
         if self.config.position_embedding_type == "absolute":
             embeddings += positions
         return self.dropout(self.LayerNorm(embeddings), deterministic)

@@ -7,6 +7,7 @@ B batch   T tokens   S keys (T, or the slots of a cache)   D hidden_size   N hea
 """
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -31,7 +32,7 @@ class RobertaModule(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @property
-    def _dtypes(self) -> dict[str, Dtype | None]:
+    def _dtypes(self) -> dict[str, Any]:
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def _dense(self, features: int, axes: tuple[str, str]) -> Dense:

@@ -8,6 +8,7 @@ B batch   P patches + 1   D hidden_size   N heads   H head width   C channels
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -71,7 +72,8 @@ class CLIPEncoderLayer(nn.Module):
     attention_implementation: Implementation = "auto"
 
     def setup(self) -> None:
-        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        config = self.config
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width, factor = config.hidden_size, config.initializer_factor
         self.layer_norm1 = LayerNorm(config.layer_norm_eps, **dtypes)
         self.self_attn = CLIPAttention(config, attention_implementation=self.attention_implementation, **dtypes)
@@ -150,7 +152,8 @@ class CLIPVisionTransformer(nn.Module):
     position_scale: Callable[[int, int], float] = exact_scale
 
     def setup(self) -> None:
-        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        config = self.config
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         factor = config.initializer_factor
         self.embeddings = PatchEmbed(
             config.hidden_size,
