@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from flax_vlm import checkpoint
-from flax_vlm.layers.param_tree import flatten_params, unflatten_params
+from flax_vlm.layers.param_tree import common_float, flatten_params, is_float, unflatten_params
 from flax_vlm.layers.stack import unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
@@ -44,9 +44,8 @@ class Plan:
 
     @property
     def dtype(self) -> np.dtype:
-        """The widest floating dtype of the checkpoint's tensors."""
-        floats = {source.info.dtype for source in self.sources if _is_float(source.info.dtype)}
-        return np.dtype(jax.numpy.result_type(*floats)) if floats else np.dtype(np.float32)
+        """The floating dtype that holds all the checkpoint's."""
+        return common_float(source.info.dtype for source in self.sources)
 
 
 def plan(
@@ -144,14 +143,13 @@ def write_checkpoint(
 
     def dtype_of(path: str) -> np.dtype:
         own = np.dtype(params[path].dtype)
-        return np.dtype(dtype) if dtype is not None and _is_float(own) else own
+        return np.dtype(dtype) if dtype is not None and is_float(own) else own
 
     shapes = {each.torch: jax.ShapeDtypeStruct(each.shape, dtype_of(each.flax[0])) for each in targets}
     tensors = ((each.torch, each.build(lambda path: _cast(np.asarray(params[path]), dtype))) for each in targets)
     write_torch(folder, tensors, shapes, max_shard_size)
-    floats = [dtype_of(path) for path in params if _is_float(dtype_of(path))]
     config = {**data, "architectures": [model_class.__name__]}
-    checkpoint.write_config(folder, _with_dtype(config, floats[0] if floats else np.dtype(np.float32)))
+    checkpoint.write_config(folder, _with_dtype(config, common_float(map(dtype_of, params))))
 
 
 def state_dict(
@@ -218,8 +216,4 @@ def _with_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
 
 
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
-    return array.astype(dtype) if dtype is not None and _is_float(array.dtype) else array
-
-
-def _is_float(dtype: Any) -> bool:
-    return jax.numpy.issubdtype(dtype, np.floating)
+    return array.astype(dtype) if dtype is not None and is_float(array.dtype) else array

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from flax_vlm import checkpoint, parallel
-from flax_vlm.layers.param_tree import flatten_params, unflatten_params
+from flax_vlm.layers.param_tree import common_float, flatten_params, unflatten_params
 from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
@@ -116,7 +116,7 @@ def from_pretrained(
     Raises:
       ValueError: (ConversionError for PyTorch files) when files, config and model do not fit together.
     """
-    folder = _local_folder(path)
+    folder = local_folder(path)
     data = checkpoint.read_config(folder)
     config = registry.read_config(data)
     open_folder = _open_native if checkpoint.is_native(folder) else _open_torch
@@ -187,11 +187,10 @@ def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any
         }
         return checkpoint.restore_params(folder, targets, prefix)
 
-    floats = {leaf.dtype for leaf in held.values() if jax.numpy.issubdtype(leaf.dtype, np.floating)}
-    return model, abstract, jax.numpy.result_type(*floats), read
+    return model, abstract, common_float(leaf.dtype for leaf in held.values()), read
 
 
-def _local_folder(path: str | Path) -> Path:
+def local_folder(path: str | Path) -> Path:
     """`path`, or the local copy of a repository on the Hub."""
     folder = Path(path)
     if folder.is_dir():

@@ -17,6 +17,7 @@ from flax_vlm.processing.sentencepiece import SentencePieceModel, xlm_roberta_to
 
 HERE = Path(__file__).parent
 DIGITS = range(10)
+WITHOUT_SPACES = ("zh", "ja")
 SPECIAL_TOKENS = {
     "bos_token": "<s>",
     "cls_token": "<s>",
@@ -44,14 +45,17 @@ def draw(rng: np.random.Generator, captions: list[list[list[str]]]) -> list[str]
 def train_tokenizer(vocab_size: int) -> Tokenizer:
     """A sentencepiece unigram model of the captions, with XLM-R's ids: `<s> <pad> </s> <unk> ... <mask>`.
 
-    Words and sentences are shown apart, so that no piece holds a digit together with what stands beside it; each in
+    It is shown single words, and single characters where a script has no spaces: whole sentences of so small a corpus
+    would become pieces, and a new sentence would be read in pieces that no caption of the training has. Each comes in
     three forms, because sentencepiece takes for a piece only what it has met more than once.
     """
-    texts = [str(digit) for digit in DIGITS]
+    units = [str(digit) for digit in DIGITS]
     for language in demo.read_languages(HERE):
-        texts += [name for names in language.words for name in names] * len(language.templates)
-        texts += [part for template in language.templates for part in template.replace("{}", " ").split()]
-    corpus = [form.format(text) for text in texts for form in ("{}", "{}.", "{},")]
+        units += [name for names in language.words for name in names]
+        for template in language.templates:
+            words = template.replace("{}", " ").split()
+            units += "".join(words) if language.code in WITHOUT_SPACES else words
+    corpus = [form.format(unit) for unit in units for form in ("{}", "{}.", "{},")]
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus),

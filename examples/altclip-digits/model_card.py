@@ -1,1 +1,2 @@
-def table(x): return x
+def table(x):
+    return x

@@ -33,7 +33,7 @@ from flax_vlm.processing import AltCLIPProcessor, ImageProcessor
 HERE = Path(__file__).parent
 SEED = 0
 STEPS = 1000
-GROUPS = 24
+GROUPS = 8
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
 LARGEST_LOGIT_SCALE = float(np.log(100))  # CLIP's
@@ -51,6 +51,8 @@ def config(vocab_size: int) -> AltCLIPConfig:
             num_hidden_layers=2,
             num_attention_heads=3,
             max_position_embeddings=TOKENS + 2,  # positions start behind the padding's
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
             project_dim=80,
         ),
         vision_config=AltCLIPVisionConfig(
@@ -107,9 +109,7 @@ class State(NamedTuple):
     rng: Array
 
 
-def train(
-    model: AltCLIPModel, params: Any, processor: AltCLIPProcessor, training: pictures.Digits, steps: int
-) -> Any:
+def train(model: AltCLIPModel, params: Any, processor: AltCLIPProcessor, training: pictures.Digits, steps: int) -> Any:
     """The parameters after `steps` steps, of which the last is kept whatever it is."""
     schedule = optax.warmup_cosine_decay_schedule(0, LEARNING_RATE, steps // 20, steps)
     matrices = jax.tree.map(lambda leaf: leaf.ndim > 1, params)

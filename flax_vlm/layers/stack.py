@@ -6,7 +6,6 @@ code and the same checkpoint: parameters hold one entry a layer (`layers_0`, `la
 with a leading layer axis, and `stack_params` / `unstack_params` turn one into the other.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -74,39 +73,38 @@ def run_layers(
     return carry, [jax.tree.map(lambda leaf, i=i: leaf[i], stacked_outputs) for i in range(length)]
 
 
-def stack_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`{name}_0, {name}_1, ...` at any depth become one `{name}` with a leading layer axis.
-
-    Only names that count 0, 1, 2 ... from zero and hold trees of one shape are layers.
+def stack_params(params: Mapping[str, Any], names: Sequence[str] = ("layers",)) -> dict[str, Any]:
+    """`layers_0, layers_1, ...` at any depth become one `layers` with a leading layer axis.
 
     Raises:
       ValueError: where the layers' shapes differ (pruned heads): those cannot be scanned.
     """
     stacked: dict[str, Any] = {}
-    groups: dict[str, dict[int, Any]] = {}
+    groups: dict[str, dict[int, Any]] = {name: {} for name in names}
     for key, value in params.items():
-        numbered = re.fullmatch(r"(.+)_(\d+)", key)
-        if numbered and isinstance(value, Mapping):
-            groups.setdefault(numbered[1], {})[int(numbered[2])] = value
+        name, _, number = key.rpartition("_")
+        value = stack_params(value, names) if isinstance(value, Mapping) else value
+        if name in groups and number.isdigit():
+            groups[name][int(number)] = value
         else:
-            stacked[key] = stack_params(value) if isinstance(value, Mapping) else value
+            stacked[key] = value
     for name, layers in groups.items():
-        shapes = {str(jax.tree.map(lambda leaf: leaf.shape, layer)) for layer in layers.values()}
-        if len(shapes) > 1:
-            raise ValueError(f"the layers {name}_0 ... differ in shape (pruned heads?): they cannot be scanned")
-        ordered = [stack_params(layers[i]) for i in range(len(layers))]
-        stacked[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
+        if layers:
+            ordered = [layers[i] for i in range(len(layers))]
+            if len({str(jax.tree.map(jnp.shape, layer)) for layer in ordered}) > 1:
+                raise ValueError(f"the layers {name}_0 ... differ in shape (pruned heads?): they cannot be scanned")
+            stacked[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
     return stacked
 
 
 def unstack_params(params: Mapping[str, Any], names: Sequence[str] = ("layers",)) -> dict[str, Any]:
-    """The inverse of `stack_params`: every entry called one of `names` becomes one entry a layer."""
+    """The inverse of `stack_params`; parameters that are not stacked stay as they are."""
     unstacked: dict[str, Any] = {}
     for key, value in params.items():
-        if key in names and isinstance(value, Mapping):
-            value = unstack_params(value, names)
+        value = unstack_params(value, names) if isinstance(value, Mapping) else value
+        if key in names:
             for i in range(jax.tree.leaves(value)[0].shape[0]):
                 unstacked[f"{key}_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
         else:
-            unstacked[key] = unstack_params(value, names) if isinstance(value, Mapping) else value
+            unstacked[key] = value
     return unstacked

@@ -36,7 +36,7 @@ class AltCLIPOutput(struct.PyTreeNode):
     loss: Float[Array, ""] | None = None
 
 
-def contrastive_loss(logits_per_text: Float[Array, "B B"]) -> Float[Array, ""]:
+def contrastive_loss(logits_per_text: Float[Array, "B A"]) -> Float[Array, ""]:
     """Mean cross-entropy of texts over images and of images over texts, the pairs on the diagonal (CLIP).
 
     It is written over the whole batch: with the batch sharded over a mesh, jit gathers the embeddings, and the loss

@@ -1,0 +1,32 @@
+"""What is measured. Each module here has `cases(quick) -> list[Case]`; `MODULES` gives their order in the table."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MODULES = ("vision_tower",)
+
+
+class Work(NamedTuple):
+    """What a contestant does over and over."""
+
+    run: Callable[[], Any]  # once; returns when the result is there, not when it is on its way
+    as_numpy: Callable[[Any], np.ndarray]  # that result, to see that all contestants made the same thing; not timed
+
+
+class Case(NamedTuple):
+    """One row of the table: contestants by name, ours first.
+
+    A contestant is a function that prepares its work (imports, weights, inputs) in its own process. It must not run it:
+    the first run is timed as well, because it compiles.
+    """
+
+    title: str
+    contestants: Mapping[str, Callable[[], Work]]
+
+
+def cases(module: str, quick: bool) -> list[Case]:
+    """The cases of one of `MODULES`; with `quick` so small that they only show that all runs."""
+    return importlib.import_module(f"{__name__}.{module}").cases(quick)

@@ -1,0 +1,178 @@
+"""flax-vlm: the command line. Each command imports what it needs when it runs, so that --help comes at once."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+app = tyro.extras.SubcommandApp()
+
+DType = Literal["float64", "float32", "float16", "bfloat16"]
+_ABOUT = (
+    "Vision-language models in JAX: convert checkpoints from and to PyTorch, and use them. --debug shows tracebacks."
+)
+# Mistakes of a person, which get one sentence; anything else is ours, and gets a traceback.
+_MISTAKES = (ValueError, OSError)
+
+
+@app.command
+def convert(
+    source: tyro.conf.Positional[str],
+    target: tyro.conf.Positional[Path],
+    /,
+    dtype: DType | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Convert a PyTorch checkpoint (a folder, or a repository on the Hub) to a native one.
+
+    Args:
+        source: Folder with config.json and weights, or a name such as BAAI/AltCLIP.
+        target: Folder to write.
+        dtype: Cast the weights; by default they keep their own.
+        overwrite: Replace a checkpoint that is there.
+    """
+    from flax_vlm.convert import to_flax
+    from flax_vlm.pretrained import local_folder
+
+    to_flax(local_folder(source), target, dtype=dtype, overwrite=overwrite)
+    print(f"{source} -> {target} (native)")
+
+
+@app.command
+def export(
+    source: tyro.conf.Positional[Path],
+    target: tyro.conf.Positional[Path],
+    /,
+    dtype: DType | None = None,
+    key_style: Literal["v4", "v5"] = "v4",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Convert a native checkpoint to a PyTorch one that transformers loads.
+
+    Args:
+        source: Folder of a native checkpoint.
+        target: Folder to write.
+        dtype: Cast the weights; by default they keep their own.
+        key_style: Tensor names of transformers 4.x (5.x reads them too), or those of 5.x.
+        max_shard_size: Largest size of one file, such as 2GB.
+        overwrite: Replace a checkpoint that is there.
+    """
+    from flax_vlm.convert import to_torch
+
+    to_torch(source, target, dtype=dtype, key_style=key_style, max_shard_size=max_shard_size, overwrite=overwrite)
+    print(f"{source} -> {target} (PyTorch)")
+
+
+@app.command
+def classify(
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    model: str,
+    labels: tuple[str, ...],
+    template: str = "{}",
+) -> None:
+    """Say which label fits each picture, with probabilities.
+
+    Args:
+        images: Picture files.
+        model: An AltCLIP checkpoint: a folder (PyTorch or native) or a repository on the Hub.
+        labels: Two or more words or sentences, in any language the model reads.
+        template: A sentence to put each label in, with {} as its place.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from flax_vlm import from_pretrained, zero_shot
+
+    probabilities = zero_shot.classify(from_pretrained(model), images, labels, template=template)
+    table = Table("picture", *labels)
+    for image, row in zip(images, probabilities, strict=True):
+        cells = [f"{value:.1%}" for value in row]
+        cells[row.argmax()] = f"[bold green]{cells[row.argmax()]}"
+        table.add_row(image.name, *cells)
+    Console().print(table)
+
+
+@app.command
+def embed(
+    output: tyro.conf.Positional[Path],
+    /,
+    model: str,
+    images: tuple[Path, ...] = (),
+    texts: Path | None = None,
+    batch_size: int = 32,
+) -> None:
+    """Write the unit vectors of pictures, or of the lines of a text file, as one .npy array [N, E].
+
+    Args:
+        output: File to write; .npy is appended where it is missing.
+        model: An AltCLIP checkpoint: a folder (PyTorch or native) or a repository on the Hub.
+        images: Picture files, or folders of them (in the order of their names).
+        texts: A UTF-8 text file, one text a line.
+        batch_size: How many go through the model at once.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    from flax_vlm import from_pretrained, zero_shot
+
+    if bool(images) == bool(texts):
+        raise ValueError("give --images or --texts, one of them")
+    items = _pictures(images) if images else [line for line in _lines(texts) if line]
+    function = zero_shot.embed_images if images else zero_shot.embed_texts
+    vectors = function(from_pretrained(model), items, batch_size=batch_size, progress=lambda batches: tqdm(batches))
+    output = output if output.suffix == ".npy" else output.with_name(f"{output.name}.npy")
+    np.save(output, vectors)
+    print(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]}")
+
+
+@app.command
+def demo(
+    example: Path = Path(__file__).parent.parent / "examples" / "altclip-digits",
+    output: Path = Path("demo-output"),
+) -> None:
+    """Convert the small AltCLIP of this repository and let it read handwritten digits in six languages.
+
+    Args:
+        example: Its folder in a checkout of the repository.
+        output: Folder for the contact sheet.
+    """
+    from flax_vlm import demo
+
+    demo.run(example, output)
+
+
+def _pictures(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are, folders as the pictures in them."""
+    from PIL import Image
+
+    endings = Image.registered_extensions()
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in endings) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{path}: expected pictures in this folder, found none")
+        found += inside
+    return found
+
+
+def _lines(path: Path | None) -> list[str]:
+    assert path is not None
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; exit code 2 and one sentence for a mistake of the caller's (with --debug, a traceback)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        app.cli(prog="flax-vlm", description=_ABOUT, args=[word for word in arguments if word != "--debug"])
+    except _MISTAKES as error:
+        if debug:
+            raise
+        print(f"flax-vlm: {error}", file=sys.stderr)
+        return 2
+    return 0

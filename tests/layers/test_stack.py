@@ -1,0 +1,92 @@
+"""Loop and scan: the same layers, two programs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from flax_vlm.layers.linear import Dense
+from flax_vlm.layers.stack import make_layers, run_layers, stack_params, unstack_params
+from tests.tolerances import FLOAT64, assert_close
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, states: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = Dense(states.shape[-1], dtype=jnp.float64, param_dtype=jnp.float64)(states)
+        return states + jnp.tanh(out) * shift, out
+
+
+class Tower(nn.Module):
+    scan: bool = False
+    remat: Any = "none"
+    depth: int = 3
+
+    def setup(self) -> None:
+        self.layers = make_layers(lambda _: Layer(), self.depth, self.scan)
+
+    def __call__(self, states: jax.Array, gain: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        def body(layer: Layer, carry: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+            carry, out = layer(carry, shift)
+            return carry * gain, out  # `gain` is shared: it comes by the closure
+
+        return run_layers(self.layers, body, states, [jnp.float64(i + 1) for i in range(self.depth)], self.remat)
+
+
+def setup() -> tuple[dict[str, Any], jax.Array]:
+    states = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5)))
+    return nn.meta.unbox(Tower().init(jax.random.key(0), states, jnp.float64(1)))["params"], states
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_no_batch"])
+def test_scan_is_loop_with_any_recomputation(remat: str, x64: None) -> None:
+    params, states = setup()
+
+    def run(scan: bool, remat: str) -> Any:
+        def loss(params: Any, gain: Any) -> Any:
+            tower = Tower(scan=scan, remat=remat)
+            last, outputs = tower.apply({"params": stack_params(params) if scan else params}, states, gain)
+            return (last**2).sum(), (last, outputs)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, 0.9)
+
+    expected = run(False, "none")
+    for scan in (False, True):
+        jax.tree.map(lambda one, other: assert_close(one, other, FLOAT64), run(scan, remat), expected)
+
+
+def test_scanned_parameters_start_different_and_carry_their_axis() -> None:
+    boxed = Tower(scan=True).init(jax.random.key(0), jnp.ones((2, 5)), jnp.float32(1))["params"]
+    kernel = boxed["layers"]["Dense_0"]["kernel"]
+    assert kernel.names[0] == "layers"
+    assert np.ptp(np.asarray(kernel.value), axis=0).min() > 0
+
+
+def test_stack_and_unstack_are_inverse() -> None:
+    rng = np.random.default_rng(0)
+    layer = lambda: {"mlp": {"fc1": {"kernel": rng.standard_normal((2, 3))}}}  # noqa: E731 - reads as data
+    params = {
+        "text": {"encoder": {f"layers_{i}": layer() for i in range(11)}, "norm": {"scale": rng.standard_normal(3)}},
+        "head": {"kernel": rng.standard_normal((3, 4))},
+    }
+    stacked = stack_params(params)
+    assert stacked["text"]["encoder"]["layers"]["mlp"]["fc1"]["kernel"].shape == (11, 2, 3)
+    back = unstack_params(stacked)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    jax.tree.map(lambda one, other: assert_close(one, other, 1e-6), back, params)
+
+
+def test_names_that_end_in_a_number_are_not_all_layers() -> None:
+    params = {"layer_norm1": {"scale": np.ones(2)}, "Dense_0": {"kernel": np.ones(2)}}
+    assert stack_params(params).keys() == params.keys()
+
+
+def test_what_cannot_be_is_refused(x64: None, unchecked_types: None) -> None:
+    params, states = setup()
+    with pytest.raises(ValueError, match="unknown remat 'some'"):
+        Tower(remat="some").apply({"params": params}, states, 1.0)
+    with pytest.raises(ValueError, match="layers_0 ... differ in shape"):
+        stack_params({"layers_0": {"k": np.ones(2)}, "layers_1": {"k": np.ones(3)}})
