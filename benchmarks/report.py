@@ -58,9 +58,8 @@ def _numbers(result: Result, ours: Result) -> dict[str, Any]:
 def _cells(title: str, result: Result, ours: Result) -> list[str]:
     if result.error is not None:
         return [title, result.contestant, f"failed: {result.error}".replace("|", "/"), "", "", "", ""]
-    low, _, high = (
-        statistics.quantiles(result.seconds, n=4, method="inclusive") if len(result.seconds) > 1 else result.seconds * 3
-    )
+    times = result.seconds * 2 if len(result.seconds) == 1 else result.seconds
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
     return [
         title,
         result.contestant,

@@ -121,9 +121,12 @@ def embed(
 
     if bool(images) == bool(texts):
         raise ValueError("give --images or --texts, one of them")
-    items = _pictures(images) if images else [line for line in _lines(texts) if line]
-    function = zero_shot.embed_images if images else zero_shot.embed_texts
-    vectors = function(from_pretrained(model), items, batch_size=batch_size, progress=lambda batches: tqdm(batches))
+    how = {"batch_size": batch_size, "progress": tqdm}
+    if texts:
+        lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line]
+        vectors = zero_shot.embed_texts(from_pretrained(model), lines, **how)
+    else:
+        vectors = zero_shot.embed_images(from_pretrained(model), _pictures(images), **how)
     output = output if output.suffix == ".npy" else output.with_name(f"{output.name}.npy")
     np.save(output, vectors)
     print(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]}")
@@ -157,11 +160,6 @@ def _pictures(paths: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{path}: expected pictures in this folder, found none")
         found += inside
     return found
-
-
-def _lines(path: Path | None) -> list[str]:
-    assert path is not None
-    return path.read_text(encoding="utf-8").splitlines()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

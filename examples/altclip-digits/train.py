@@ -51,8 +51,6 @@ def config(vocab_size: int) -> AltCLIPConfig:
             num_hidden_layers=2,
             num_attention_heads=3,
             max_position_embeddings=TOKENS + 2,  # positions start behind the padding's
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
             project_dim=80,
         ),
         vision_config=AltCLIPVisionConfig(
@@ -130,7 +128,7 @@ def train(model: AltCLIPModel, params: Any, processor: AltCLIPProcessor, trainin
         params["logit_scale"] = jnp.minimum(params["logit_scale"], LARGEST_LOGIT_SCALE)
         return State(params, optimizer_state, rng), value
 
-    state = State(params, optimizer.init(params), jax.random.key(SEED))
+    state = State(params, optimizer.init(params), jax.random.key(SEED, impl="rbg"))
     batches = Batches(processor, training)
     start, losses = time.perf_counter(), []
     for number in range(1, steps + 1):

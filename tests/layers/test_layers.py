@@ -39,23 +39,12 @@ def test_bfloat16_products_add_up_in_float32_and_round_once() -> None:
     assert "(tensor<4x4096xbf16>, tensor<4096x8xbf16>) -> tensor<4x8xf32>" in text
 
 
+GELUS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python", "quick_gelu")
+OTHERS = ("relu", "relu2", "relu6", "leaky_relu", "silu", "swish", "mish", "tanh", "sigmoid", "linear")
+
+
 @pytest.mark.torch
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gelu",
-        "gelu_new",
-        "gelu_fast",
-        "gelu_pytorch_tanh",
-        "gelu_python",
-        "quick_gelu",
-        "relu",
-        "relu6",
-        "silu",
-        "swish",
-    ]
-    + ["mish", "leaky_relu", "relu2", "tanh", "sigmoid", "linear"],
-)
+@pytest.mark.parametrize("name", GELUS + OTHERS)
 def test_activations_are_those_of_transformers(name: str) -> None:
     import torch
     from transformers.activations import ACT2FN

@@ -88,5 +88,5 @@ def test_what_cannot_be_is_refused(x64: None, unchecked_types: None) -> None:
     params, states = setup()
     with pytest.raises(ValueError, match="unknown remat 'some'"):
         Tower(remat="some").apply({"params": params}, states, 1.0)
-    with pytest.raises(ValueError, match="layers_0 ... differ in shape"):
+    with pytest.raises(ValueError, match=r"layers_0 \.\.\. differ in shape"):
         stack_params({"layers_0": {"k": np.ones(2)}, "layers_1": {"k": np.ones(3)}})

@@ -30,8 +30,8 @@ VISION = AltCLIPVisionConfig(
 WHOLE = AltCLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=11)
 
 
-def torch_model(config: Any, name: str, dtype: str, seed: int = 0) -> Any:
-    """The transformers model `name`, with weights of the size that trained ones have, biases and norms included."""
+def untouched_torch_model(config: Any, name: str, seed: int = 0) -> Any:
+    """The transformers model `name` as it initialises itself."""
     import torch
     import transformers
     from transformers.models.altclip import modeling_altclip
@@ -41,7 +41,14 @@ def torch_model(config: Any, name: str, dtype: str, seed: int = 0) -> Any:
     hf_config = getattr(transformers, hf_name)(**config.to_hf())
     hf_config._attn_implementation = "sdpa"
     torch.manual_seed(seed)
-    model = getattr(modeling_altclip, name)(hf_config).to(getattr(torch, dtype)).eval()
+    return getattr(modeling_altclip, name)(hf_config).eval()
+
+
+def torch_model(config: Any, name: str, dtype: str, seed: int = 0) -> Any:
+    """The transformers model `name`, with weights of the size that trained ones have, biases and norms included."""
+    import torch
+
+    model = untouched_torch_model(config, name, seed).to(getattr(torch, dtype))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

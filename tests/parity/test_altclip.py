@@ -1,11 +1,13 @@
 """AltCLIP and its towers against transformers: outputs, gradients, every argument."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from flax_vlm import convert
 from flax_vlm.layers.stack import stack_params
@@ -154,6 +156,30 @@ def test_gradients_of_the_contrastive_loss(scan: bool, x64: None) -> None:
     assert_gradients_close(ours, expected)
     padding = ours["text_model.roberta.embeddings.word_embeddings.weight"][cases.TEXT.pad_token_id]
     assert not padding.any(), "the padding row must not learn"
+
+
+@pytest.mark.parametrize("name", ["AltCLIPModel", "AltRobertaModel"])
+def test_initial_weights_are_spread_as_in_the_reference(name: str) -> None:
+    """Mean and standard deviation of every parameter; sizes are large enough to tell them."""
+    text = replace(cases.TEXT, hidden_size=96, intermediate_size=120, vocab_size=500, project_dim=80)
+    vision = replace(cases.VISION, hidden_size=100, intermediate_size=140)
+    config = text if name == "AltRobertaModel" else replace(cases.WHOLE, text_config=text, vision_config=vision)
+    model = MODELS[name][0](config)
+    params = nn.meta.unbox(model.init(jax.random.key(0), **model.example_inputs()))["params"]
+    ours = convert.state_dict(config, params, MODELS[name][0], key_style="v5")
+    theirs = cases.untouched_torch_model(config, name).state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, expected in theirs.items():
+        expected, actual = expected.numpy(), ours[key]
+        rows = slice(2, None) if "embeddings.weight" in key else ...  # row 1 is padding, and zero
+        if not expected[rows].std():  # norms, biases, the logit scale
+            np.testing.assert_array_equal(actual, expected, err_msg=key)
+        else:
+            spread = 5 / np.sqrt(2 * expected.size)  # five standard errors of a standard deviation
+            np.testing.assert_allclose(actual[rows].std(), expected[rows].std(), rtol=2 * spread, err_msg=key)
+            np.testing.assert_allclose(actual.mean(), expected.mean(), atol=2 * spread * expected.std(), err_msg=key)
+    words = next(value for key, value in ours.items() if key.endswith("word_embeddings.weight"))
+    assert not words[text.pad_token_id].any()
 
 
 def test_bfloat16_is_as_close_to_float64_as_torch_is() -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from flax_vlm import checkpoint, convert
 from flax_vlm.convert import port
+from flax_vlm.layers.stack import stack_params
 from flax_vlm.models.altclip import AltRobertaModel, prune_heads
+from flax_vlm.models.registry import read_config
 from tests.tolerances import FLOAT32, FLOAT64, assert_close, assert_gradients_close
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -119,6 +121,21 @@ def test_decoding_on_a_cache(precision: str) -> None:
         golden.model.apply({"params": golden.params}, **columns(0, 1), cache=cache)
 
 
+def test_scanned_layers_decode_too(x64: None) -> None:
+    """Cache, cross-attention, head mask, attentions and hidden states, all through a scan."""
+    golden = Golden("altroberta_decoder_absolute", "f64")
+    scanned = {"model": golden.model.clone(scan_layers=True, remat="full"), "params": stack_params(golden.params)}
+    half = {n: golden.inputs[n][:, :6] for n in ("input_ids", "attention_mask", "token_type_ids")}
+    rest = {n: golden.inputs[n][:, 6:] for n in half} | {"encoder_hidden_states": None, "encoder_attention_mask": None}
+    flags = {"output_hidden_states": True, "output_attentions": True, "head_mask": jnp.asarray(np.eye(3) + 0.5)}
+    outputs = []
+    for how in ({}, scanned):
+        first = golden.apply(**how, **half, **flags, cache=golden.model.init_cache(3, 9))
+        outputs.append((first, golden.apply(**how, **rest, **flags, cache=first.cache)))
+    assert jax.tree.structure(outputs[0]) == jax.tree.structure(outputs[1])
+    jax.tree.map(lambda one, other: assert_close(one, other, FLOAT64), *outputs)
+
+
 @pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 def test_relative_positions_on_a_cache(kind: str, chunk: int, x64: None) -> None:
@@ -189,3 +206,25 @@ def test_a_pruned_checkpoint_converts_and_returns(tmp_path: Path) -> None:
     for name in before.files.tensors:
         np.testing.assert_array_equal(before.files.read(name), after.files.read(name))
     assert checkpoint.read_config(tmp_path / "native")["architectures"] == ["AltRobertaModel"]
+
+
+def test_arguments_that_the_config_does_not_provide_for(x64: None) -> None:
+    golden = Golden("altroberta_head_mask_2d", "f64")
+    states = jnp.zeros((3, 5, 24))
+    with pytest.raises(ValueError, match="is_decoder=True and add_cross_attention=True"):
+        golden.apply(encoder_hidden_states=states)
+    with pytest.raises(ValueError, match="only a decoder has a cache"):
+        golden.model.init_cache(3, 9)
+    with pytest.raises(ValueError, match=r"head_mask has shape \(4,\): expected \(3,\) or \(3, 3\)"):
+        golden.apply(head_mask=jnp.ones(4))
+    with pytest.raises(ValueError, match="39 tokens: the model has positions for 38"):
+        Golden("altroberta_decoder_absolute", "f64").model.init_cache(3, 39)
+    pruned = Golden("altroberta_pruned", "f64")
+    with pytest.raises(ValueError, match="some are pruned"):
+        pruned.apply(head_mask=jnp.ones(3))
+
+
+def test_chunked_feed_forward_is_accepted() -> None:
+    """It saves memory in torch and changes no number; XLA plans its memory itself."""
+    data = json.loads((GOLDEN / "altroberta_pruned" / "ckpt_f32" / "config.json").read_text())
+    assert read_config(data | {"chunk_size_feed_forward": 4}) == read_config(data)
