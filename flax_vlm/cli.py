@@ -88,11 +88,11 @@ def classify(
     from flax_vlm import from_pretrained, zero_shot
 
     probabilities = zero_shot.classify(from_pretrained(model), images, labels, template=template)
-    table = Table("picture", *labels)
+    table = Table("picture", "label", "probability", "next")
     for image, row in zip(images, probabilities, strict=True):
-        cells = [f"{value:.1%}" for value in row]
-        cells[row.argmax()] = f"[bold green]{cells[row.argmax()]}"
-        table.add_row(image.name, *cells)
+        first, *others = row.argsort()[::-1][:4]
+        runners_up = ", ".join(f"{labels[i]} {row[i]:.1%}" for i in others)
+        table.add_row(image.name, f"[bold green]{labels[first]}", f"{row[first]:.1%}", f"[dim]{runners_up}")
     Console().print(table)
 
 

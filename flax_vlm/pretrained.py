@@ -15,7 +15,7 @@ from flax_vlm.layers.param_tree import common_float, flatten_params, unflatten_p
 from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
-from flax_vlm.processing import load_processor
+from flax_vlm.processing import AltCLIPProcessor
 
 logger = logging.getLogger("flax_vlm")
 
@@ -137,7 +137,7 @@ def from_pretrained(
     if scan_layers:
         params = stack_params(params)
     model = model.clone(dtype=compute, param_dtype=compute, scan_layers=scan_layers, **model_options)
-    return VLM(model, params, load_processor(folder))
+    return VLM(model, params, _load_processor(folder))
 
 
 _Read = Callable[[Mapping[str, Sharding], Any], dict[str, Any]]
@@ -190,6 +190,14 @@ def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any
     return model, abstract, common_float(leaf.dtype for leaf in held.values()), read
 
 
+def _load_processor(folder: Path) -> AltCLIPProcessor | None:
+    """None where the folder brings no files for one."""
+    try:
+        return AltCLIPProcessor.from_dir(folder)
+    except FileNotFoundError:
+        return None
+
+
 def local_folder(path: str | Path) -> Path:
     """`path`, or the local copy of a repository on the Hub."""
     folder = Path(path)
@@ -201,9 +209,9 @@ def local_folder(path: str | Path) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    safetensors = snapshot_download(
-        str(path), allow_patterns=[*_HUB_FILES, "*.safetensors", "*.safetensors.index.json"]
-    )
-    if any(Path(safetensors).glob("*.safetensors")) or checkpoint.is_native(safetensors):
-        return Path(safetensors)
-    return Path(snapshot_download(str(path), allow_patterns=[*_HUB_FILES, "*.bin", "*.bin.index.json"]))
+    # Repositories often hold the weights twice: .bin files are fetched only where there are no safetensors.
+    for weights in ("*.safetensors", "*.bin"):
+        folder = Path(snapshot_download(str(path), allow_patterns=[*_HUB_FILES, weights, f"{weights}.index.json"]))
+        if any(folder.glob(weights)) or checkpoint.is_native(folder):
+            break
+    return folder

@@ -26,9 +26,9 @@ class Digits(NamedTuple):
 
 def load() -> tuple[Digits, Digits]:
     """The training pictures and the 360 held-out ones, both with the ten digits in equal parts."""
-    data = load_digits()
-    digits = Digits(np.rint(data.images * (255 / 16)).astype(np.uint8), data.target.astype(np.uint8))
-    return split(digits, HELD_OUT)
+    pixels, labels = load_digits(return_X_y=True)  # pixels from 0 to 16
+    images = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return split(Digits(images, labels.astype(np.uint8)), HELD_OUT)
 
 
 def split(digits: Digits, count: int) -> tuple[Digits, Digits]:

@@ -16,40 +16,56 @@ from flax_vlm.processing.images import ImageProcessor, ImageSource
 from flax_vlm.processing.tokenizer import Tokenizer, read_json
 
 
+IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
+TEXT_FILES = ("tokenizer.json", "sentencepiece.bpe.model")
+
+
 @dataclass(frozen=True)
 class AltCLIPProcessor:
-    """Texts and pictures to the arrays that AltCLIPModel takes, on the host, in numpy."""
+    """Texts and pictures to the arrays that AltCLIPModel takes, on the host, in numpy.
 
-    image_processor: ImageProcessor
-    tokenizer: Tokenizer
+    That of a tower has only its half, the other is None.
+    """
+
+    image_processor: ImageProcessor | None
+    tokenizer: Tokenizer | None
 
     @classmethod
     def from_dir(cls, folder: str | Path) -> "AltCLIPProcessor":
-        """Reads a checkpoint folder of transformers 4.x or 5.x, or one that `save` wrote."""
+        """Reads a checkpoint folder of transformers 4.x or 5.x, or one that `save` wrote.
+
+        Raises:
+          FileNotFoundError: for a folder with the files of neither half.
+        """
         folder = Path(folder)
-        configs = [read_json(folder / name) for name in ("processor_config.json", "preprocessor_config.json")]
+        configs = [read_json(folder / name) for name in IMAGE_FILES]
         image_config = next((config for config in configs if "image_processor" in config), configs[1])
-        if not image_config:
+        has_texts = any((folder / name).is_file() for name in TEXT_FILES)
+        if not image_config and not has_texts:
             raise FileNotFoundError(
-                f"{folder}: expected preprocessor_config.json, or processor_config.json with an image_processor in it, "
-                "found neither. Copy it there from the original checkpoint."
+                f"{folder}: expected preprocessor_config.json for pictures and {' or '.join(TEXT_FILES)} for texts, "
+                "found none. Copy them there from the original checkpoint."
             )
-        tokenizer = Tokenizer.from_dir(folder)
-        limits = [tokenizer.model_max_length, _positions(read_json(folder / "config.json"))]
-        tokenizer.model_max_length = min((limit for limit in limits if limit is not None), default=None)
-        return cls(ImageProcessor.from_hf(image_config), tokenizer)
+        tokenizer = None
+        if has_texts:
+            tokenizer = Tokenizer.from_dir(folder)
+            limits = [tokenizer.model_max_length, _positions(read_json(folder / "config.json"))]
+            tokenizer.model_max_length = min((limit for limit in limits if limit is not None), default=None)
+        return cls(ImageProcessor.from_hf(image_config) if image_config else None, tokenizer)
 
     @property
     def max_text_length(self) -> int:
         """In tokens, `<s>` and `</s>` included; XLM-R's own 512 where the files set no limit."""
-        return self.tokenizer.model_max_length or 512
+        return (self.tokenizer and self.tokenizer.model_max_length) or 512
 
     def save(self, folder: str | Path) -> None:
         """Writes the files that `from_dir` and transformers' AltCLIPProcessor read."""
-        self.tokenizer.save(folder)
-        config = self.image_processor.to_hf() | {"processor_class": "AltCLIPProcessor"}
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (Path(folder) / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+        if self.image_processor is not None:
+            config = self.image_processor.to_hf() | {"processor_class": "AltCLIPProcessor"}
+            text = json.dumps(config, indent=2, sort_keys=True)
+            (Path(folder) / IMAGE_FILES[1]).write_text(text + "\n", encoding="utf-8")
 
     def __call__(
         self,
@@ -70,6 +86,8 @@ class AltCLIPProcessor:
             raise ValueError("AltCLIPProcessor: expected text, images or both, got neither. Pass text= or images=.")
         out: dict[str, np.ndarray] = {}
         if text is not None:
+            if self.tokenizer is None:
+                raise ValueError(f"text: this checkpoint brings no tokenizer. Put {' or '.join(TEXT_FILES)} beside it.")
             if max_length is None and (truncation or padding == "max_length"):
                 max_length = self.max_text_length
             out |= self.tokenizer(
@@ -86,12 +104,14 @@ class AltCLIPProcessor:
                     f"{longest}. Pass truncation=True, and no max_length above it."
                 )
         if images is not None:
+            if self.image_processor is None:
+                raise ValueError(f"images: this checkpoint brings no image processor. Put {IMAGE_FILES[1]} beside it.")
             out["pixel_values"] = self.image_processor(images)
         return out
 
 
 def _positions(config: dict[str, Any]) -> int | None:
     """How many tokens the text tower of config.json has positions for; they start behind the padding's row."""
-    text_config = config.get("text_config") or {}
+    text_config = config.get("text_config") or config
     rows = text_config.get("max_position_embeddings")
     return None if rows is None else rows - text_config.get("pad_token_id", 1) - 1

@@ -110,9 +110,26 @@ def test_refusals_say_what_to_do(folder, tmp_path):
         processor("two cats", [])
     with pytest.raises(TypeError, match="got int"):
         processor(images=[3])
-    (folder / "preprocessor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
-        AltCLIPProcessor.from_dir(folder)
+        AltCLIPProcessor.from_dir(tmp_path / "empty")
+
+
+def test_a_tower_has_its_half(folder, tmp_path):
+    (folder / "preprocessor_config.json").rename(tmp_path / "preprocessor_config.json")
+    texts, pictures = AltCLIPProcessor.from_dir(folder), AltCLIPProcessor.from_dir(tmp_path)
+    assert texts("two cats").keys() == {"input_ids", "attention_mask"}
+    assert pictures(images=PICTURES).keys() == {"pixel_values"}
+    with pytest.raises(ValueError, match=r"images: this checkpoint brings no image processor"):
+        texts(images=PICTURES)
+    with pytest.raises(ValueError, match=r"text: this checkpoint brings no tokenizer"):
+        pictures("two cats")
+    for half in (texts, pictures):
+        half.save(tmp_path / "half")
+    assert AltCLIPProcessor.from_dir(tmp_path / "half")("two cats", PICTURES).keys() == {
+        "input_ids",
+        "attention_mask",
+        "pixel_values",
+    }
 
 
 def test_nested_image_processor_config_is_found(folder):
