@@ -31,8 +31,9 @@ MAY_IMPORT = {
     "generation": BELOW_CONVERT,
     "training": BELOW_CONVERT,
     "pretrained": BELOW_PRETRAINED,
-    "demo": BELOW_PRETRAINED | {"pretrained", "flax_vlm"},
-    "cli": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "demo"},
+    "zero_shot": {"pretrained"},
+    "demo": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot"},
+    "cli": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot", "demo"},
 }
 NEVER_ON_IMPORT = {"torch", "transformers", "matplotlib"}
 

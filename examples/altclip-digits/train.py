@@ -1,7 +1,7 @@
 """Trains a small AltCLIP on handwritten digits with captions in six languages, and exports it in PyTorch's layout.
 
-    python examples/altclip-digits/train.py                  # about four minutes on two free cores
-    python examples/altclip-digits/train.py --validate 240   # as the settings were chosen; writes nothing
+    python examples/altclip-digits/train.py                  # seven minutes on two busy cores
+    python examples/altclip-digits/train.py --validate 240   # how settings were chosen; writes nothing
 
 It writes checkpoint/, with its model card, and heldout.npz, the pictures that it never saw.
 

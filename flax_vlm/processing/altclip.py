@@ -15,7 +15,6 @@ from jaxtyping import Shaped
 from flax_vlm.processing.images import ImageProcessor, ImageSource
 from flax_vlm.processing.tokenizer import Tokenizer, read_json
 
-
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 TEXT_FILES = ("tokenizer.json", "sentencepiece.bpe.model")
 
@@ -56,7 +55,8 @@ class AltCLIPProcessor:
     @property
     def max_text_length(self) -> int:
         """In tokens, `<s>` and `</s>` included; XLM-R's own 512 where the files set no limit."""
-        return (self.tokenizer and self.tokenizer.model_max_length) or 512
+        limit = self.tokenizer.model_max_length if self.tokenizer else None
+        return limit or 512
 
     def save(self, folder: str | Path) -> None:
         """Writes the files that `from_dir` and transformers' AltCLIPProcessor read."""

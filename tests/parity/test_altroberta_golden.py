@@ -1,6 +1,7 @@
 """What current transformers no longer has, against arrays from transformers 4.40.2 (see tests/golden/README.md)."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ CASES = [
 DTYPES = {"f64": (jnp.float64, FLOAT64), "f32": (jnp.float32, FLOAT32)}
 
 
+@partial(jax.jit, static_argnums=(0, 3))
+def forward(model: AltRobertaModel, params: Any, arrays: dict[str, Any], flags: tuple[tuple[str, bool], ...]) -> Any:
+    return model.apply({"params": params}, **arrays, **dict(flags))
+
+
 class Golden:
     """One folder: the model with its parameters, and the arrays."""
 
@@ -47,11 +53,11 @@ class Golden:
                 self.inputs[name] = self.inputs[name].astype(self.dtype)
 
     def apply(self, params: Any = None, model: Any = None, **changes: Any) -> Any:
+        """The forward pass on the folder's inputs with some of them changed (or, None, left out); jitted."""
         inputs = {key: value for key, value in (self.inputs | changes).items() if value is not None}
         flags = {key: value for key, value in inputs.items() if isinstance(value, bool)}
         arrays = {key: value for key, value in inputs.items() if key not in flags}
-        apply, params = (model or self.model).apply, self.params if params is None else params
-        return jax.jit(lambda p, a: apply({"params": p}, **a, **flags))(params, arrays)
+        return forward(model or self.model, self.params if params is None else params, arrays, tuple(flags.items()))
 
     def sequence(self, name: str) -> list[np.ndarray]:
         count = sum(key.startswith(f"out/{name}/") for key in self.arrays)

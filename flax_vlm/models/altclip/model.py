@@ -11,15 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
-from flax_vlm.layers.attention import Implementation
 from flax_vlm.layers.linear import Dense, wide
 from flax_vlm.layers.norms import LayerNorm
-from flax_vlm.layers.stack import Remat
 from flax_vlm.models.altclip.config import AltCLIPConfig, AltCLIPTextConfig, AltCLIPVisionConfig
 from flax_vlm.models.altclip.roberta import AltRobertaModel
+from flax_vlm.models.base import Tower
 from flax_vlm.models.clip_vision import CLIPVisionTransformer
 from flax_vlm.models.outputs import ModelOutput
 
@@ -58,36 +56,24 @@ class AltCLIPVisionModel(CLIPVisionTransformer):
     """The image tower alone; see `CLIPVisionTransformer`."""
 
     config: AltCLIPVisionConfig
-    dtype: Dtype = jnp.float32
 
 
-class AltCLIPTextModel(nn.Module):
+class AltCLIPTextModel(Tower):
     """The text tower: XLM-R, a norm, and a projection of every token to `project_dim`.
 
     `pooler_output` is the first token's projection, padding or not; `hidden_states` are XLM-R's own.
     """
 
     config: AltCLIPTextConfig
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    scan_layers: bool = False
-    remat: Remat = "none"
-    attention_implementation: Implementation = "auto"
 
     def setup(self) -> None:
         config = self.config
-        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.roberta = AltRobertaModel(
-            config,
-            add_pooling_layer=False,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            attention_implementation=self.attention_implementation,
-            **dtypes,
-        )
-        self.pre_LN = LayerNorm(config.layer_norm_eps, **dtypes)
+        self.roberta = AltRobertaModel(config, add_pooling_layer=False, **self.run_stack)
+        self.pre_LN = LayerNorm(config.layer_norm_eps, **self.dtypes)
         init = nn.initializers.normal(config.initializer_range)
-        self.transformation = Dense(config.project_dim, kernel_init=init, kernel_axes=("embed", "project"), **dtypes)
+        self.transformation = Dense(
+            config.project_dim, kernel_init=init, kernel_axes=("embed", "project"), **self.dtypes
+        )
 
     @nn.nowrap
     def example_inputs(self) -> dict[str, Array]:
@@ -101,31 +87,20 @@ class AltCLIPTextModel(nn.Module):
         return output.replace(last_hidden_state=projected, pooler_output=projected[:, 0])
 
 
-class AltCLIPModel(nn.Module):
+class AltCLIPModel(Tower):
     """Texts and images to embeddings, and to the logits of every text against every image."""
 
     config: AltCLIPConfig
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    scan_layers: bool = False
-    remat: Remat = "none"
-    attention_implementation: Implementation = "auto"
 
     def setup(self) -> None:
         config = self.config
-        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        run: dict[str, Any] = {
-            "scan_layers": self.scan_layers,
-            "remat": self.remat,
-            "attention_implementation": self.attention_implementation,
-        }
-        self.text_model = AltCLIPTextModel(config.text_config, **dtypes, **run)
-        self.vision_model = AltCLIPVisionModel(config.vision_config, **dtypes, **run)
+        self.text_model = AltCLIPTextModel(config.text_config, **self.run_stack)
+        self.vision_model = AltCLIPVisionModel(config.vision_config, **self.run_stack)
 
         def projection(fan_in: int) -> Dense:
             init = nn.initializers.normal(config.initializer_factor * fan_in**-0.5)
             axes = ("embed", "project")
-            return Dense(config.projection_dim, use_bias=False, kernel_init=init, kernel_axes=axes, **dtypes)
+            return Dense(config.projection_dim, use_bias=False, kernel_init=init, kernel_axes=axes, **self.dtypes)
 
         self.text_projection = projection(config.text_config.project_dim)
         self.visual_projection = projection(config.vision_config.hidden_size)

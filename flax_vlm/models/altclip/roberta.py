@@ -13,11 +13,13 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from flax_vlm.layers.attention import Implementation, Mask, causal_mask, combine_masks, padding_mask
+from flax_vlm.layers.attention import Mask, causal_mask, combine_masks, padding_mask
 from flax_vlm.layers.embed import Embed
 from flax_vlm.layers.kv_cache import KVCache
-from flax_vlm.layers.stack import Remat, make_layers, run_layers
-from flax_vlm.models.altclip.roberta_layers import AltRobertaLayer, Context, LayerMemory, LayerOutput, RobertaModule
+from flax_vlm.layers.stack import make_layers, run_layers
+from flax_vlm.models.altclip.config import AltCLIPTextConfig
+from flax_vlm.models.altclip.roberta_layers import AltRobertaLayer, Context, LayerMemory, LayerOutput, RobertaBlock
+from flax_vlm.models.base import Tower
 from flax_vlm.models.outputs import ModelOutput
 
 
@@ -32,13 +34,13 @@ def roberta_position_ids(
     return (jnp.cumsum(token, axis=1) + past) * token + pad_token_id
 
 
-class AltRobertaEmbeddings(RobertaModule):
+class AltRobertaEmbeddings(RobertaBlock):
     """Word + token type + position (absolute only), normed."""
 
     def setup(self) -> None:
         config = self.config
         init = nn.initializers.normal(config.initializer_range)
-        table = partial(Embed, features=config.hidden_size, embedding_init=init, **self._dtypes)
+        table = partial(Embed, features=config.hidden_size, embedding_init=init, **self.dtypes)
 
         def padded(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
             return init(key, shape, dtype).at[config.pad_token_id].set(0)
@@ -81,24 +83,17 @@ class AltRobertaEmbeddings(RobertaModule):
         return self.dropout(self.LayerNorm(embeddings), deterministic)
 
 
-class AltRobertaEncoder(RobertaModule):
+class AltRobertaEncoder(Tower):
     """The stack of layers."""
 
-    scan_layers: bool = False
-    remat: Remat = "none"
-    attention_implementation: Implementation = "auto"
+    config: AltCLIPTextConfig
 
     def setup(self) -> None:
         config = self.config
         if self.scan_layers and config.pruned_heads:
             raise ValueError("layers with pruned heads differ in shape and cannot be scanned: use scan_layers=False")
         self.layers = make_layers(
-            lambda i: AltRobertaLayer(
-                config,
-                num_heads=config.heads_of(i),
-                attention_implementation=self.attention_implementation,
-                **self._dtypes,
-            ),
+            lambda i: AltRobertaLayer(config, num_heads=config.heads_of(i), **self.run),
             config.num_hidden_layers,
             self.scan_layers,
         )
@@ -121,7 +116,7 @@ class AltRobertaEncoder(RobertaModule):
         return run_layers(self.layers, body, hidden_states, memories, self.remat)
 
 
-class AltRobertaPooler(RobertaModule):
+class AltRobertaPooler(RobertaBlock):
     """`tanh(dense(first token))`."""
 
     def setup(self) -> None:
@@ -131,30 +126,21 @@ class AltRobertaPooler(RobertaModule):
         return jnp.tanh(self.dense(hidden_states[:, 0]))
 
 
-class AltRobertaModel(RobertaModule):
+class AltRobertaModel(Tower):
     """XLM-R: ids to states [B, T, D].
 
     With `config.is_decoder` attention is causal and a `cache` (from `init_cache`) may be given; with
     `config.add_cross_attention` it attends `encoder_hidden_states`.
     """
 
+    config: AltCLIPTextConfig
     add_pooling_layer: bool = True
-    dtype: Dtype = jnp.float32
-    scan_layers: bool = False
-    remat: Remat = "none"
-    attention_implementation: Implementation = "auto"
 
     def setup(self) -> None:
-        self.embeddings = AltRobertaEmbeddings(self.config, **self._dtypes)
-        self.encoder = AltRobertaEncoder(
-            self.config,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            attention_implementation=self.attention_implementation,
-            **self._dtypes,
-        )
+        self.embeddings = AltRobertaEmbeddings(self.config, **self.run)
+        self.encoder = AltRobertaEncoder(self.config, **self.run_stack)
         if self.add_pooling_layer:
-            self.pooler = AltRobertaPooler(self.config, **self._dtypes)
+            self.pooler = AltRobertaPooler(self.config, **self.run)
 
     @staticmethod
     def options_from_params(paths: set[str]) -> dict[str, bool]:

@@ -7,40 +7,33 @@ B batch   T tokens   S keys (T, or the slots of a cache)   D hidden_size   N hea
 """
 
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
-from flax_vlm.layers.attention import Implementation, Mask, attend
+from flax_vlm.layers.attention import Mask, attend
 from flax_vlm.layers.embed import Embed
 from flax_vlm.layers.feed_forward import activation
 from flax_vlm.layers.kv_cache import KeyValue
 from flax_vlm.layers.linear import Dense
 from flax_vlm.layers.norms import LayerNorm
 from flax_vlm.models.altclip.config import AltCLIPTextConfig
+from flax_vlm.models.base import Block
 
 
-class RobertaModule(nn.Module):
-    """What every part of the tower holds: the config and the dtypes."""
+class RobertaBlock(Block):
+    """Part of the tower, with its kinds of layers."""
 
     config: AltCLIPTextConfig
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-
-    @property
-    def _dtypes(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def _dense(self, features: int, axes: tuple[str, str]) -> Dense:
         init = nn.initializers.normal(self.config.initializer_range)
-        return Dense(features, kernel_init=init, kernel_axes=axes, **self._dtypes)
+        return Dense(features, kernel_init=init, kernel_axes=axes, **self.dtypes)
 
     def _norm(self) -> LayerNorm:
-        return LayerNorm(self.config.layer_norm_eps, **self._dtypes)
+        return LayerNorm(self.config.layer_norm_eps, **self.dtypes)
 
 
 class Context(struct.PyTreeNode):
@@ -69,12 +62,11 @@ class LayerOutput(struct.PyTreeNode):
     cross: KeyValue | None = None
 
 
-class AltRobertaSelfAttention(RobertaModule, kw_only=True):
+class AltRobertaSelfAttention(RobertaBlock, kw_only=True):
     """Multi-head attention of `num_heads` heads over `hidden_states`, `encoder_hidden_states` or a cache."""
 
     num_heads: int
     relative: str = "absolute"
-    attention_implementation: Implementation = "auto"
 
     def setup(self) -> None:
         width = self.num_heads * self.config.head_dim
@@ -86,7 +78,7 @@ class AltRobertaSelfAttention(RobertaModule, kw_only=True):
                 self.config.head_dim,
                 embedding_init=nn.initializers.normal(self.config.initializer_range),
                 axes=(None, None),
-                **self._dtypes,
+                **self.dtypes,
             )
 
     def project(self, states: Float[Array, "B S D"]) -> KeyValue:
@@ -139,7 +131,7 @@ class AltRobertaSelfAttention(RobertaModule, kw_only=True):
         return attended.reshape(*shape[:2], self.num_heads * self.config.head_dim), weights
 
 
-class AltRobertaOutput(RobertaModule):
+class AltRobertaOutput(RobertaBlock):
     """`norm(dropout(dense(x)) + residual)`, behind attention and behind the feed-forward."""
 
     input_axis: str = "heads"
@@ -155,22 +147,15 @@ class AltRobertaOutput(RobertaModule):
         return self.LayerNorm(self.dropout(self.dense(states), deterministic) + residual)
 
 
-class AltRobertaAttention(RobertaModule, kw_only=True):
+class AltRobertaAttention(RobertaBlock, kw_only=True):
     """Attention with its output block, the checkpoint's `attention` or `crossattention`."""
 
     num_heads: int
     relative: str = "absolute"
-    attention_implementation: Implementation = "auto"
 
     def setup(self) -> None:
-        self.self = AltRobertaSelfAttention(
-            self.config,
-            num_heads=self.num_heads,
-            relative=self.relative,
-            attention_implementation=self.attention_implementation,
-            **self._dtypes,
-        )
-        self.output = AltRobertaOutput(self.config, **self._dtypes)
+        self.self = AltRobertaSelfAttention(self.config, num_heads=self.num_heads, relative=self.relative, **self.run)
+        self.output = AltRobertaOutput(self.config, **self.run)
 
     def project(self, states: Float[Array, "B S D"]) -> KeyValue:
         """Keys and values of `states`."""
@@ -192,7 +177,7 @@ class AltRobertaAttention(RobertaModule, kw_only=True):
         return self.output(attended, hidden_states, deterministic), weights
 
 
-class AltRobertaIntermediate(RobertaModule):
+class AltRobertaIntermediate(RobertaBlock):
     """`act(dense(x))`."""
 
     @nn.compact
@@ -201,22 +186,19 @@ class AltRobertaIntermediate(RobertaModule):
         return activation(self.config.hidden_act)(dense(hidden_states))
 
 
-class AltRobertaLayer(RobertaModule, kw_only=True):
+class AltRobertaLayer(RobertaBlock, kw_only=True):
     """Self-attention, in a decoder cross-attention, feed-forward."""
 
     num_heads: int
-    attention_implementation: Implementation = "auto"
 
     def setup(self) -> None:
         config = self.config
-        attention = partial(
-            AltRobertaAttention, config, attention_implementation=self.attention_implementation, **self._dtypes
-        )
+        attention = partial(AltRobertaAttention, config, **self.run)
         self.attention = attention(num_heads=self.num_heads, relative=config.position_embedding_type)
         if config.add_cross_attention:
             self.crossattention = attention(num_heads=config.num_attention_heads)
-        self.intermediate = AltRobertaIntermediate(config, **self._dtypes)
-        self.output = AltRobertaOutput(config, input_axis="mlp", **self._dtypes)
+        self.intermediate = AltRobertaIntermediate(config, **self.run)
+        self.output = AltRobertaOutput(config, input_axis="mlp", **self.run)
 
     def __call__(
         self,

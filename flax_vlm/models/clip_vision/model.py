@@ -8,32 +8,28 @@ B batch   P patches + 1   D hidden_size   N heads   H head width   C channels
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from flax_vlm.layers.attention import Implementation, attend
+from flax_vlm.layers.attention import attend
 from flax_vlm.layers.feed_forward import MLP
 from flax_vlm.layers.linear import Dense
 from flax_vlm.layers.norms import LayerNorm
 from flax_vlm.layers.patch_embed import PatchEmbed, exact_scale
-from flax_vlm.layers.stack import Remat, make_layers, run_layers
+from flax_vlm.layers.stack import make_layers, run_layers
+from flax_vlm.models.base import Block, Tower
 from flax_vlm.models.clip_vision.config import CLIPVisionConfig
 from flax_vlm.models.outputs import ModelOutput
 
 normal = nn.initializers.normal
 
 
-class CLIPAttention(nn.Module):
+class CLIPAttention(Block):
     """Bidirectional self-attention with a bias on every projection."""
 
     config: CLIPVisionConfig
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    attention_implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(
@@ -43,7 +39,7 @@ class CLIPAttention(nn.Module):
         width, heads = config.hidden_size, config.num_attention_heads
         out_std = config.initializer_factor * width**-0.5
         in_std = out_std * (2 * config.num_hidden_layers) ** -0.5
-        dense = partial(Dense, width, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense = partial(Dense, width, **self.dtypes)
         query, key, value = (
             dense(kernel_init=normal(in_std), kernel_axes=("embed", "heads"), name=f"{name}_proj")(
                 hidden_states
@@ -63,27 +59,23 @@ class CLIPAttention(nn.Module):
         return out(attended.reshape(hidden_states.shape)), weights
 
 
-class CLIPEncoderLayer(nn.Module):
+class CLIPEncoderLayer(Block):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
     config: CLIPVisionConfig
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    attention_implementation: Implementation = "auto"
 
     def setup(self) -> None:
         config = self.config
-        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width, factor = config.hidden_size, config.initializer_factor
-        self.layer_norm1 = LayerNorm(config.layer_norm_eps, **dtypes)
-        self.self_attn = CLIPAttention(config, attention_implementation=self.attention_implementation, **dtypes)
-        self.layer_norm2 = LayerNorm(config.layer_norm_eps, **dtypes)
+        self.layer_norm1 = LayerNorm(config.layer_norm_eps, **self.dtypes)
+        self.self_attn = CLIPAttention(config, **self.run)
+        self.layer_norm2 = LayerNorm(config.layer_norm_eps, **self.dtypes)
         self.mlp = MLP(
             config.intermediate_size,
             config.hidden_act,
             fc1_init=normal(factor * (2 * width) ** -0.5),
             fc2_init=normal(factor * (2 * width * config.num_hidden_layers) ** -0.5),
-            **dtypes,
+            **self.dtypes,
         )
 
     def __call__(
@@ -94,24 +86,14 @@ class CLIPEncoderLayer(nn.Module):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
 
 
-class CLIPEncoder(nn.Module):
+class CLIPEncoder(Tower):
     """The stack of layers; returns the last states and, where asked for, all of them."""
 
     config: CLIPVisionConfig
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    scan_layers: bool = False
-    remat: Remat = "none"
-    attention_implementation: Implementation = "auto"
 
     def setup(self) -> None:
         self.layers = make_layers(
-            lambda _: CLIPEncoderLayer(
-                self.config,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                attention_implementation=self.attention_implementation,
-            ),
+            lambda _: CLIPEncoderLayer(self.config, **self.run),
             self.config.num_hidden_layers,
             self.scan_layers,
         )
@@ -136,7 +118,7 @@ class CLIPEncoder(nn.Module):
         )
 
 
-class CLIPVisionTransformer(nn.Module):
+class CLIPVisionTransformer(Tower):
     """Pictures to token states [B, P, D] and a pooled state [B, D].
 
     `last_hidden_state` is the raw encoder output; `post_layernorm` acts on the pooled class token only.
@@ -144,16 +126,10 @@ class CLIPVisionTransformer(nn.Module):
     """
 
     config: CLIPVisionConfig
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    scan_layers: bool = False
-    remat: Remat = "none"
-    attention_implementation: Implementation = "auto"
     position_scale: Callable[[int, int], float] = exact_scale
 
     def setup(self) -> None:
         config = self.config
-        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         factor = config.initializer_factor
         self.embeddings = PatchEmbed(
             config.hidden_size,
@@ -164,17 +140,11 @@ class CLIPVisionTransformer(nn.Module):
             class_init=normal(factor * config.hidden_size**-0.5),
             patch_init=normal(factor * config.initializer_range),
             position_init=normal(factor * config.initializer_range),
-            **dtypes,
+            **self.dtypes,
         )
-        self.pre_layrnorm = LayerNorm(config.layer_norm_eps, **dtypes)
-        self.encoder = CLIPEncoder(
-            config,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            attention_implementation=self.attention_implementation,
-            **dtypes,
-        )
-        self.post_layernorm = LayerNorm(config.layer_norm_eps, **dtypes)
+        self.pre_layrnorm = LayerNorm(config.layer_norm_eps, **self.dtypes)
+        self.encoder = CLIPEncoder(config, **self.run_stack)
+        self.post_layernorm = LayerNorm(config.layer_norm_eps, **self.dtypes)
 
     @nn.nowrap
     def example_inputs(self) -> dict[str, Array]:
