@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from flax_vlm.layers.param_tree import flatten_params, unflatten_params
 
@@ -100,12 +99,16 @@ def copy_processor(source: str | Path, folder: Path) -> None:
 
 def save_params(folder: Path, params: Mapping[str, Any]) -> None:
     """Writes `params` (jax or numpy arrays, one entry a layer) under `folder`."""
+    import orbax.checkpoint as ocp  # half a second that loading PyTorch checkpoints need not wait for
+
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / PARAMS).resolve(), params)
 
 
 def params_info(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Path "a/b/kernel" -> shape and dtype of every parameter, without reading any."""
+    import orbax.checkpoint as ocp
+
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata((Path(path) / PARAMS).resolve()).item_metadata
     leaves = flatten_params(metadata.tree)
@@ -118,6 +121,8 @@ def restore_params(path: str | Path, targets: Mapping[str, jax.ShapeDtypeStruct]
     Args:
       targets: path "a/b/kernel" (without the prefix) -> shape, dtype and, optionally, sharding.
     """
+    import orbax.checkpoint as ocp
+
     tree = unflatten_params({prefix + name: target for name, target in targets.items()})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(

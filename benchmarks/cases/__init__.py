@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MODULES = ("vision_tower",)
+MODULES = ("vision_tower", "start_up")
 
 
 class Work(NamedTuple):
