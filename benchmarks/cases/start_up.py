@@ -1,4 +1,4 @@
-"""How long a program takes to start: importing the package, and the command line's --help, each in a new interpreter."""
+"""How long a program takes to start: importing the package, and `flax-vlm --help`, each in a new interpreter."""
 
 import subprocess
 import sys
