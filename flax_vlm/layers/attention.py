@@ -150,17 +150,22 @@ def _attend_xla(
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
 ) -> tuple[Array, Array]:
-    """All scores at once: ([B T N H], weights [B N T S])."""
+    """All scores at once: ([B T N H], weights [B N T S]).
+
+    Inside, the queries of a key/value head stand side by side, [B K T G S], and both products keep their operands as
+    they lie in memory.
+    """
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
-    accumulate = wide(query.dtype)
     group = num_heads // max(1, num_kv_heads)
+    accumulate = wide(query.dtype)
     grouped = query.reshape(batch, num_queries, num_kv_heads, group, head_dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=accumulate)
-    scores = scores.reshape(batch, num_heads, num_queries, num_keys) * scale
+    heads = ((0, 2), (0, 2))
+    scores = lax.dot_general(grouped, key, (((4,), (3,)), heads), preferred_element_type=accumulate) * scale
     if bias is not None:
-        scores += bias.astype(accumulate)
+        scores += _by_group(bias, group).astype(accumulate)
     if mask is not None:
+        mask = _by_group(mask, group)
         scores = jnp.where(mask, scores, jnp.finfo(accumulate).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if mask is not None:  # a row that may attend nothing has become uniform
@@ -169,9 +174,17 @@ def _attend_xla(
         keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, weights.shape)
         weights = jnp.where(keep, weights / (1 - dropout_rate), 0)
     weights = weights.astype(query.dtype)
-    grouped = weights.reshape(batch, num_kv_heads, group, num_queries, num_keys)
-    attended = jnp.einsum("bkgts,bskh->btkgh", grouped, value, preferred_element_type=accumulate)
-    return attended.reshape(query.shape).astype(query.dtype), weights
+    attended = lax.dot_general(weights, value, (((4,), (1,)), ((0, 1), (0, 2))), preferred_element_type=accumulate)
+    attended = attended.swapaxes(1, 2).reshape(query.shape).astype(query.dtype)
+    return attended, weights.swapaxes(2, 3).reshape(batch, num_heads, num_queries, num_keys)
+
+
+def _by_group(array: Array, group: int) -> Array:
+    """A mask or bias [#B #N #T S] as [#B #K #T #G S]."""
+    batch, num_heads, num_queries, num_keys = array.shape
+    if num_heads == 1:
+        return array[:, :, :, None]
+    return array.reshape(batch, num_heads // max(1, group), group, num_queries, num_keys).swapaxes(2, 3)
 
 
 def _attend_blocked(
