@@ -111,7 +111,8 @@ def to_torch(
 
     Args:
       dtype: cast floating tensors to it; None keeps each as it is.
-      key_style: "v4" for the tensor names of transformers 4.x, which 5.x reads too; "v5" for its own.
+      key_style: "v4" for the tensor names of transformers 4.x, which 5.x reads too; "v5" for its own. (The text tower
+        alone is an exception: transformers 5.23 reads it under its own names only.)
       max_shard_size: bytes, or a string such as "5GB"; one file where everything fits.
       overwrite: replace a checkpoint that is there.
 
