@@ -1,69 +1,11 @@
-"""flax-vlm: the command line. Each command imports what it needs when it runs, so that --help comes at once."""
+"""Commands for people who have pictures, and an AltCLIP to look at them."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
-app = tyro.extras.SubcommandApp()
-
-DType = Literal["float64", "float32", "float16", "bfloat16"]
-_ABOUT = (
-    "Vision-language models in JAX: convert checkpoints from and to PyTorch, and use them. --debug shows tracebacks."
-)
-# Mistakes of a person, which get one sentence; anything else is ours, and gets a traceback.
-_MISTAKES = (ValueError, OSError)
-
-
-@app.command
-def convert(
-    source: tyro.conf.Positional[str],
-    target: tyro.conf.Positional[Path],
-    /,
-    dtype: DType | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Convert a PyTorch checkpoint (a folder, or a repository on the Hub) to a native one.
-
-    Args:
-        source: Folder with config.json and weights, or a name such as BAAI/AltCLIP.
-        target: Folder to write.
-        dtype: Cast the weights; by default they keep their own.
-        overwrite: Replace a checkpoint that is there.
-    """
-    from flax_vlm.convert import to_flax
-    from flax_vlm.pretrained import local_folder
-
-    to_flax(local_folder(source), target, dtype=dtype, overwrite=overwrite)
-    print(f"{source} -> {target} (native)")
-
-
-@app.command
-def export(
-    source: tyro.conf.Positional[Path],
-    target: tyro.conf.Positional[Path],
-    /,
-    dtype: DType | None = None,
-    key_style: Literal["v4", "v5"] = "v4",
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-) -> None:
-    """Convert a native checkpoint to a PyTorch one that transformers loads.
-
-    Args:
-        source: Folder of a native checkpoint.
-        target: Folder to write.
-        dtype: Cast the weights; by default they keep their own.
-        key_style: Tensor names of transformers 4.x (5.x reads them too), or those of 5.x.
-        max_shard_size: Largest size of one file, such as 2GB.
-        overwrite: Replace a checkpoint that is there.
-    """
-    from flax_vlm.convert import to_torch
-
-    to_torch(source, target, dtype=dtype, key_style=key_style, max_shard_size=max_shard_size, overwrite=overwrite)
-    print(f"{source} -> {target} (PyTorch)")
+from .app import app
 
 
 @app.command
@@ -134,7 +76,7 @@ def embed(
 
 @app.command
 def demo(
-    example: Path = Path(__file__).parent.parent / "examples" / "altclip-digits",
+    example: Path = Path(__file__).parents[2] / "examples" / "altclip-digits",
     output: Path = Path("demo-output"),
 ) -> None:
     """Convert the small AltCLIP of this repository and let it read handwritten digits in six languages.
@@ -160,17 +102,3 @@ def _pictures(paths: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{path}: expected pictures in this folder, found none")
         found += inside
     return found
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; exit code 2 and one sentence for a mistake of the caller's (with --debug, a traceback)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    try:
-        app.cli(prog="flax-vlm", description=_ABOUT, args=[word for word in arguments if word != "--debug"])
-    except _MISTAKES as error:
-        if debug:
-            raise
-        print(f"flax-vlm: {error}", file=sys.stderr)
-        return 2
-    return 0

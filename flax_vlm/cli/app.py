@@ -1,0 +1,5 @@
+"""The application that the commands of this package register with."""
+
+import tyro
+
+app = tyro.extras.SubcommandApp()
