@@ -23,7 +23,8 @@ from flax_vlm.models.abstract import abstract_params
 from .errors import ConversionError
 from .layouts import TABLES, layout_for
 from .rules import KeyStyle, Reader, Rule, Source, match, plan_read, plan_write
-from .torch_files import InMemory, TorchFiles, write_torch
+from .torch_files import InMemory, TorchFiles
+from .torch_writer import write_torch
 
 ModelClass = type[nn.Module]
 

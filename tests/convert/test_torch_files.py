@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from flax_vlm.convert.errors import ConversionError
-from flax_vlm.convert.torch_files import InMemory, TensorInfo, TorchFiles, write_torch
+from flax_vlm.convert.torch_files import InMemory, TensorInfo, TorchFiles
+from flax_vlm.convert.torch_writer import write_torch
 
 STATE = {
     "scale": np.array(2.6592, np.float32),
