@@ -5,26 +5,34 @@ things; here they meet. Nothing is guessed and nothing is initialised: every ten
 every parameter is filled once, and all faults are raised together before anything is written.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import linen as nn
 
 from flax_vlm import checkpoint
-from flax_vlm.layers.param_tree import common_float, flatten_params, is_float, unflatten_params
+from flax_vlm.hub import local_folder
+from flax_vlm.layers.param_tree import common_float, flatten_params, unflatten_params
 from flax_vlm.layers.stack import unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
+from flax_vlm.whole_folder import resolved, whole_folder
 
 from .errors import ConversionError
 from .layouts import TABLES, layout_for
+from .native_writer import write_params, written_bytes
+from .provenance import describe, write_provenance
 from .rules import KeyStyle, Reader, Rule, Source, match, plan_read, plan_write
+from .stream import Moved, Progress, written_dtype
 from .torch_files import InMemory, TorchFiles
-from .torch_writer import write_torch
+from .torch_writer import write_tensors
+
+logger = logging.getLogger("flax_vlm")
 
 ModelClass = type[nn.Module]
 
@@ -79,24 +87,35 @@ def to_flax(
     dtype: Any = None,
     model_class: ModelClass | None = None,
     overwrite: bool = False,
-) -> None:
-    """Converts the PyTorch checkpoint in the folder `source` to a native one in the folder `target`.
+    progress: Callable[[Progress], None] | None = None,
+) -> Moved:
+    """Converts a PyTorch checkpoint, a folder or a repository on the Hub, to a native one in the folder `target`.
+
+    Memory stays at a few blocks of 16 MiB, whatever the size of the checkpoint. `target` appears when it is whole;
+    killed before, the same call goes on where it was.
 
     Args:
       dtype: cast floating tensors to it; None keeps each as it is.
       model_class: take only this part (a tower) out of the whole.
       overwrite: replace a checkpoint that is there.
+      progress: called after every block, from several threads but never at the same time.
 
     Raises:
-      ConversionError: when files and model do not fit; FileExistsError: when `target` is taken. Nothing is written.
+      ConversionError: when files and model do not fit; FileExistsError: when `target` is taken, or being written;
+      OSError: when the disk has no room. Nothing is written.
     """
-    with checkpoint.whole_folder(target, overwrite) as folder:
-        planned = open_checkpoint(source, model_class)
-        data = _config_json(checkpoint.read_config(source), planned.model, dtype or planned.dtype)
-        checkpoint.write_config(folder, data)
-        checkpoint.copy_processor(source, folder)
-        params = {each.flax: _cast(planned.read(each), dtype) for each in planned.sources}
-        checkpoint.save_params(folder, unflatten_params(params))
+    folder = local_folder(source)
+    _apart(folder, target)
+    planned = open_checkpoint(folder, model_class)
+    data = _config_json(checkpoint.read_config(folder), planned.model, dtype or planned.dtype)
+    files = planned.files.files if isinstance(planned.files, TorchFiles) else []
+    origin = describe(source, folder, files, type(planned.model).__name__, dtype)
+    nbytes = sum(written_bytes(each, dtype) for each in planned.sources)
+    with whole_folder(target, overwrite, job=_job(origin, data, files), nbytes=nbytes) as draft:
+        moved = write_params(draft, planned.sources, planned.files, dtype=dtype, progress=progress)
+        write_provenance(draft.folder, origin, {each.flax: each.torch for each in planned.sources}, moved)
+        _finish(draft.folder, folder, data, moved)
+    return moved
 
 
 def to_torch(
@@ -107,8 +126,11 @@ def to_torch(
     key_style: KeyStyle = "v4",
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
-) -> None:
+    progress: Callable[[Progress], None] | None = None,
+) -> Moved:
     """Converts the native checkpoint in the folder `source` to a PyTorch one (safetensors) in the folder `target`.
+
+    It streams, appears and goes on as `to_flax` does.
 
     Args:
       dtype: cast floating tensors to it; None keeps each as it is.
@@ -116,42 +138,31 @@ def to_torch(
         alone is an exception: transformers 5.23 reads it under its own names only.)
       max_shard_size: bytes, or a string such as "5GB"; one file where everything fits.
       overwrite: replace a checkpoint that is there.
+      progress: called after every block, from several threads but never at the same time.
 
     Raises:
-      ValueError: for a folder that is no native checkpoint; FileExistsError: when `target` is taken.
+      ValueError: for a folder that is no native checkpoint; FileExistsError: when `target` is taken, or being written;
+      OSError: when the disk has no room. Nothing is written.
     """
-    if not checkpoint.is_native(source):
+    folder = local_folder(source)
+    if not checkpoint.is_native(folder):
         raise ConversionError(f"{source}: expected a native checkpoint (a folder with {checkpoint.PARAMS}/ in it)")
-    data = checkpoint.read_config(source)
-    model_class = registry.model_class(registry.read_config(data), data.get("architectures"))
-    info = checkpoint.params_info(source)
-    params = flatten_params(checkpoint.restore_params(source, info))
-    with checkpoint.whole_folder(target, overwrite) as folder:
-        write_checkpoint(folder, data, model_class, params, dtype, key_style, max_shard_size)
-        checkpoint.copy_processor(source, folder)
-
-
-def write_checkpoint(
-    folder: Path,
-    data: Mapping[str, Any],
-    model_class: ModelClass,
-    params: Mapping[str, Any],
-    dtype: Any,
-    key_style: KeyStyle,
-    max_shard_size: str | int,
-) -> None:
-    """Writes weights and config.json as transformers reads them; `params` is flat, "a/b/kernel" -> array."""
-    targets = plan_write(TABLES[model_class.__name__], params, key_style)
-
-    def dtype_of(path: str) -> np.dtype:
-        own = np.dtype(params[path].dtype)
-        return np.dtype(dtype) if dtype is not None and is_float(own) else own
-
-    shapes = {each.torch: jax.ShapeDtypeStruct(each.shape, dtype_of(each.flax[0])) for each in targets}
-    tensors = ((each.torch, each.build(lambda path: _cast(np.asarray(params[path]), dtype))) for each in targets)
-    write_torch(folder, tensors, shapes, max_shard_size)
-    config = {**data, "architectures": [model_class.__name__]}
-    checkpoint.write_config(folder, _with_dtype(config, common_float(map(dtype_of, params))))
+    _apart(folder, target)
+    read = checkpoint.read_config(folder)
+    model_class = registry.model_class(registry.read_config(read), read.get("architectures"))
+    arrays = checkpoint.open_params(folder)
+    targets = plan_write(TABLES[model_class.__name__], arrays.tensors, key_style)
+    dtypes = [written_dtype(leaf.dtype, dtype) for leaf in arrays.tensors.values()]
+    data = _with_dtype({**read, "architectures": [model_class.__name__]}, common_float(dtypes))
+    files = sorted((folder / checkpoint.PARAMS).glob("*/zarr.json"))
+    origin = describe(source, folder, files, model_class.__name__, dtype)
+    job = _job(origin, data, files, key_style, str(max_shard_size))
+    nbytes = sum(math.prod(leaf.shape) * to.itemsize for leaf, to in zip(arrays.tensors.values(), dtypes, strict=True))
+    with whole_folder(target, overwrite, job=job, nbytes=nbytes) as draft:
+        moved = write_tensors(draft, targets, arrays, dtype=dtype, max_shard_size=max_shard_size, progress=progress)
+        write_provenance(draft.folder, origin, {path: each.torch for each in targets for path in each.flax}, moved)
+        _finish(draft.folder, folder, data, moved)
+    return moved
 
 
 def state_dict(
@@ -182,23 +193,6 @@ def from_state_dict(
     return unflatten_params({each.flax: planned.read(each) for each in planned.sources})
 
 
-def place(
-    planned: Plan, sharding: Callable[[str], jax.sharding.Sharding], dtype: Any = None
-) -> Iterator[tuple[str, jax.Array]]:
-    """Reads every parameter onto its devices, each device's slice straight from the file.
-
-    Args:
-      sharding: of a path "a/b/kernel".
-      dtype: cast floating tensors to it.
-    """
-    for source in planned.sources:
-
-        def piece(index: tuple[slice, ...] | None, source: Source = source) -> np.ndarray:
-            return _cast(planned.read(source, index), dtype)
-
-        yield source.flax, jax.make_array_from_callback(source.shape, sharding(source.flax), piece)
-
-
 def _filled_paths(rows: Any, files: TorchFiles | InMemory) -> set[str]:
     """Our paths that the checkpoint's names stand for."""
     found = (match(rows, name) for name in files.tensors)
@@ -217,5 +211,21 @@ def _with_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
     return {**{key: value for key, value in config.items() if key != "dtype"}, "torch_dtype": dtype.name}
 
 
-def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
-    return array.astype(dtype) if dtype is not None and is_float(array.dtype) else array
+def _apart(source: Path, target: str | Path) -> None:
+    """Refuses a target inside its source, which would change it, and a source inside its target."""
+    one, other = resolved(source), resolved(target)
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise ConversionError(f"{target}: expected a folder apart from {source}. Choose another target")
+
+
+def _job(origin: Mapping[str, Any], data: Mapping[str, Any], files: Iterable[Path], *options: str) -> Any:
+    """What a conversion depends on: a draft of another one is of no use."""
+    return [dict(origin), dict(data), [file.stat().st_mtime_ns for file in files], *options]
+
+
+def _finish(draft: Path, source: Path, data: Mapping[str, Any], moved: Moved) -> None:
+    """What stands beside the weights; config.json last, because a folder without it is no checkpoint."""
+    checkpoint.copy_processor(source, draft)
+    checkpoint.write_config(draft, data)
+    for path, count in moved.nonfinite.items():
+        logger.warning("%s: %d of its values are NaN or infinite, as they are in the source", path, count)

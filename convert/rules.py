@@ -70,6 +70,10 @@ class Axes:
         """Where a slice of ours lies in the tensor: to_flax(tensor[torch_index(ix)]) equals to_flax(tensor)[ix]."""
         return tuple(slice(None) if axis is None else flax_index[axis] for axis in self._ours(len(flax_index)))
 
+    def slowest_axis(self, ndim: int) -> int | None:
+        """Which of our `ndim` axes torch's rows run along; None for a scalar."""
+        return next((axis for axis in self._ours(ndim) if axis is not None), None)
+
     @property
     def _units(self) -> int:
         return self.pattern.split().count("1")

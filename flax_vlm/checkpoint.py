@@ -1,24 +1,22 @@
 """Native checkpoints: a folder of config.json, the processor's files, and `params/` written by Orbax.
 
 Parameters are one nested dictionary with one entry a layer, whatever way the model runs its layers, so that anything
-that reads Orbax reads them. A folder appears whole or not at all.
+that reads Orbax reads them.
 """
 
-import contextlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from flax_vlm.layers.param_tree import flatten_params, unflatten_params
+from flax_vlm.array_files import ArrayFiles, save_tree
 
 PARAMS = "params"
 CONFIG = "config.json"
+MAX_CONFIG = 16 << 20  # bytes: a thousand times what config.json has
+MAX_NESTING = 50  # brackets inside each other in it: ten times
+CONVERSION = "conversion.json"  # where a converted checkpoint comes from, and the hashes of what it holds
 # What a processor may need, and what a person reads; copied as they are from one format to the other.
 PROCESSOR_FILES = (
     "added_tokens.json",
@@ -46,43 +44,33 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / CONFIG
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        if not file.is_file():
+            file.stat()  # says why, where nothing is there
+            raise ValueError("a folder, a pipe or a device")
+        with file.open("rb") as stream:
+            text = stream.read(MAX_CONFIG + 1)
+        if len(text) > MAX_CONFIG:
+            raise ValueError(f"more than {MAX_CONFIG} bytes")
+        data = json.loads(text.decode())
+        if not isinstance(data, dict):
+            raise ValueError(f"a {type(data).__name__}")
+        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair can be read but not be written
+        _require_shallow(data)
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}). Is {path} the folder of a checkpoint?") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, came: {error}. Download it again") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file}: expected a JSON object, came {type(data).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: expected a JSON object, came: {error}. Download it again") from error
     return data
 
 
-@contextlib.contextmanager
-def whole_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder to write in that becomes `target` at the end, or vanishes if the block raises.
-
-    Raises:
-      FileExistsError: when something is there and `overwrite` is false, or it is no checkpoint of ours to replace.
-    """
-    target = Path(target).resolve()
-    if target.exists():
-        if not overwrite:
-            raise FileExistsError(f"{target} exists: choose another target, or pass overwrite=True (--overwrite)")
-        if not (target / CONFIG).is_file():
-            raise FileExistsError(f"{target} exists and holds no {CONFIG}: only a checkpoint is overwritten")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)  # mkdtemp keeps others out
-        if target.exists():
-            retired = draft.with_suffix(".replaced")
-            os.rename(target, retired)
-            os.rename(draft, target)
-            shutil.rmtree(retired)
-        else:
-            os.rename(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+def _require_shallow(data: Any) -> None:
+    """Raises ValueError for JSON in which what follows (writing, comparing) could run out of stack."""
+    level = [data]
+    for _ in range(MAX_NESTING):
+        inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [value for values in inside for value in values]
+    if level:
+        raise ValueError(f"more than {MAX_NESTING} brackets inside each other")
 
 
 def write_config(folder: Path, data: Mapping[str, Any]) -> None:
@@ -98,39 +86,10 @@ def copy_processor(source: str | Path, folder: Path) -> None:
 
 
 def save_params(folder: Path, params: Mapping[str, Any]) -> None:
-    """Writes `params` (jax or numpy arrays, one entry a layer) under `folder`."""
-    import orbax.checkpoint as ocp  # half a second that loading PyTorch checkpoints need not wait for
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / PARAMS).resolve(), params)
+    """Writes `params` (jax arrays, on any mesh, or numpy ones; one entry a layer) under `folder`."""
+    save_tree(folder / PARAMS, params)
 
 
-def params_info(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path "a/b/kernel" -> shape and dtype of every parameter, without reading any."""
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata((Path(path) / PARAMS).resolve()).item_metadata
-    leaves = flatten_params(metadata.tree)
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
-
-
-def restore_params(path: str | Path, targets: Mapping[str, jax.ShapeDtypeStruct], prefix: str = "") -> dict[str, Any]:
-    """The parameters under `prefix`, each in the dtype and sharding of its target.
-
-    Args:
-      targets: path "a/b/kernel" (without the prefix) -> shape, dtype and, optionally, sharding.
-    """
-    import orbax.checkpoint as ocp
-
-    tree = unflatten_params({prefix + name: target for name, target in targets.items()})
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(
-            (Path(path) / PARAMS).resolve(),
-            args=ocp.args.PyTreeRestore(
-                item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
-            ),
-        )
-    for key in prefix.split("/")[:-1]:
-        restored = restored[key]
-    return restored
+def open_params(path: str | Path) -> ArrayFiles:
+    """The parameters of a checkpoint's folder, read when asked for."""
+    return ArrayFiles.open(Path(path) / PARAMS)

@@ -3,23 +3,23 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from flax_vlm import checkpoint, parallel
+from flax_vlm.hub import local_folder
 from flax_vlm.layers.param_tree import common_float, flatten_params, unflatten_params
 from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
 from flax_vlm.processing import AltCLIPProcessor
+from flax_vlm.whole_folder import whole_folder
 
 logger = logging.getLogger("flax_vlm")
-
-_HUB_FILES = (checkpoint.CONFIG, *checkpoint.PROCESSOR_FILES, f"{checkpoint.PARAMS}/*")
 
 
 class VLM:
@@ -86,11 +86,11 @@ class VLM:
             "architectures": [type(self.model).__name__],
             "torch_dtype": str(np.dtype(jax.tree.leaves(params)[0].dtype)),
         }
-        with checkpoint.whole_folder(target, overwrite) as folder:
-            checkpoint.write_config(folder, data)
+        with whole_folder(target, overwrite) as draft:
+            checkpoint.save_params(draft.folder, params)
             if self.processor is not None:
-                self.processor.save(folder)
-            checkpoint.save_params(folder, params)
+                self.processor.save(draft.folder)
+            checkpoint.write_config(draft.folder, data)
 
 
 def from_pretrained(
@@ -120,8 +120,8 @@ def from_pretrained(
     data = checkpoint.read_config(folder)
     config = registry.read_config(data)
     open_folder = _open_native if checkpoint.is_native(folder) else _open_torch
-    model, abstract, own_dtype, read = open_folder(folder, config, model_class, data.get("architectures"))
-    compute = np.dtype(own_dtype if dtype is None else dtype)
+    opened = open_folder(folder, config, model_class, data.get("architectures"))
+    compute = np.dtype(opened.dtype if dtype is None else dtype)
     if jax.dtypes.canonicalize_dtype(compute) != compute:
         raise ValueError(
             f"{folder} is in float64, which JAX has off: set jax.config.update('jax_enable_x64', True), "
@@ -130,18 +130,24 @@ def from_pretrained(
 
     if mesh is None:
         device = SingleDeviceSharding(jax.devices()[0])
-        placed = jax.tree.map(lambda _: device, nn.meta.unbox(abstract))
+        placed = jax.tree.map(lambda _: device, nn.meta.unbox(opened.abstract))
     else:
-        placed = parallel.shardings(abstract, mesh, rules)
-    params = read(flatten_params(placed), dtype)
+        placed = parallel.shardings(opened.abstract, mesh, rules)
+    params = unflatten_params(parallel.place(opened.shapes, flatten_params(placed), opened.read, dtype))
     if scan_layers:
         params = stack_params(params)
-    model = model.clone(dtype=compute, param_dtype=compute, scan_layers=scan_layers, **model_options)
+    model = opened.model.clone(dtype=compute, param_dtype=compute, scan_layers=scan_layers, **model_options)
     return VLM(model, params, _load_processor(folder))
 
 
-_Read = Callable[[Mapping[str, Sharding], Any], dict[str, Any]]
-_Opened = tuple[Any, Any, Any, _Read]  # model, abstract parameters, the checkpoint's dtype, how to read it
+class _Opened(NamedTuple):
+    """A checkpoint that fits its model, nothing of it read yet."""
+
+    model: Any
+    abstract: Any  # parameters as shapes, axis names attached
+    dtype: np.dtype  # the floating one that holds all of the checkpoint's
+    shapes: Mapping[str, tuple[int, ...]]  # by path, in the order in which to read
+    read: Callable[[str, tuple[slice, ...]], np.ndarray]  # one parameter, or a slice of it
 
 
 def _open_torch(folder: Path, config: Any, model_class: Any, architectures: Any) -> _Opened:
@@ -149,11 +155,13 @@ def _open_torch(folder: Path, config: Any, model_class: Any, architectures: Any)
     from flax_vlm.convert.torch_files import TorchFiles
 
     planned = port.plan(config, TorchFiles.open(folder), model_class, architectures)
+    sources = {source.flax: source for source in planned.sources}
+    shapes = {path: source.shape for path, source in sources.items()}
 
-    def read(shardings: Mapping[str, Sharding], dtype: Any) -> dict[str, Any]:
-        return unflatten_params(dict(port.place(planned, shardings.__getitem__, dtype)))
+    def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
+        return sources[path].read(planned.files, index)
 
-    return planned.model, planned.abstract, planned.dtype, read
+    return _Opened(planned.model, planned.abstract, planned.dtype, shapes, read)
 
 
 def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any) -> _Opened:
@@ -162,8 +170,8 @@ def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any
     prefix = "" if model_class is whole else registry.wholes_of(model_class.__name__).get(whole.__name__)
     if prefix is None:
         raise ValueError(f"{folder} holds a {whole.__name__}: it has no {model_class.__name__} inside")
-    info = checkpoint.params_info(folder)
-    held = {path.removeprefix(prefix): leaf for path, leaf in info.items() if path.startswith(prefix)}
+    files = checkpoint.open_params(folder)
+    held = {path.removeprefix(prefix): leaf for path, leaf in files.tensors.items() if path.startswith(prefix)}
     model = registry.build(model_class, registry.config_for(model_class, config), held)
     abstract = abstract_params(model)
     expected = flatten_params(nn.meta.unbox(abstract))
@@ -180,14 +188,11 @@ def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any
             f"{folder}: config.json and parameters do not belong together ({len(faults)} faults):\n  {listed}"
         )
 
-    def read(shardings: Mapping[str, Sharding], dtype: Any) -> dict[str, Any]:
-        targets = {
-            path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=shardings[path])
-            for path, leaf in held.items()
-        }
-        return checkpoint.restore_params(folder, targets, prefix)
+    def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
+        return files.read(prefix + path, index)
 
-    return model, abstract, common_float(leaf.dtype for leaf in held.values()), read
+    shapes = {path: leaf.shape for path, leaf in held.items()}
+    return _Opened(model, abstract, common_float(leaf.dtype for leaf in held.values()), shapes, read)
 
 
 def _load_processor(folder: Path) -> AltCLIPProcessor | None:
@@ -196,22 +201,3 @@ def _load_processor(folder: Path) -> AltCLIPProcessor | None:
         return AltCLIPProcessor.from_dir(folder)
     except FileNotFoundError:
         return None
-
-
-def local_folder(path: str | Path) -> Path:
-    """`path`, or the local copy of a repository on the Hub."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise ValueError(
-            f"{path}: expected the folder of a checkpoint, or a repository of the Hub such as BAAI/AltCLIP"
-        )
-    from huggingface_hub import snapshot_download
-
-    # Repositories often hold the weights twice: .bin files are fetched only where there are no safetensors.
-    for weights in ("*.safetensors", "*.bin"):
-        folder = Path(snapshot_download(str(path), allow_patterns=[*_HUB_FILES, weights, f"{weights}.index.json"]))
-        if any(folder.glob(weights)) or checkpoint.is_native(folder):
-            break
-    return folder

@@ -11,6 +11,7 @@ import pytest
 import flax_vlm
 from flax_vlm import checkpoint, convert
 from tests.convert.test_port import write_hf
+from flax_vlm.whole_folder import whole_folder
 from tests.parity import altclip_cases as cases
 from tests.tolerances import FLOAT32_REORDERED, assert_close
 
@@ -128,9 +129,9 @@ def test_wrong_places_speak(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_native_checkpoint_with_another_config_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with checkpoint.whole_folder(tmp_path / "mixed") as folder:
-        checkpoint.save_params(folder, flax_vlm.from_pretrained(folders["native"]).params)
+    with whole_folder(tmp_path / "mixed") as draft:
+        checkpoint.save_params(draft.folder, flax_vlm.from_pretrained(folders["native"]).params)
         data = checkpoint.read_config(folders["native"])
-        checkpoint.write_config(folder, data | {"projection_dim": 12})
+        checkpoint.write_config(draft.folder, data | {"projection_dim": 12})
     with pytest.raises(ValueError, match=r"text_projection/kernel: has shape \(14, 11\); \(14, 12\) was expected"):
         flax_vlm.from_pretrained(tmp_path / "mixed")

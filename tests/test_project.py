@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 # What each part of flax_vlm may import, besides itself. Arrows run down only; what is not listed may not be imported.
-BESIDE = {"processing", "parallel", "checkpoint"}
+BESIDE = {"processing", "parallel", "checkpoint", "array_files", "whole_folder", "hub"}
 BELOW_CONVERT = {"models", "layers"} | BESIDE
 BELOW_PRETRAINED = BELOW_CONVERT | {"convert", "training", "generation"}
 MAY_IMPORT = {
@@ -26,7 +26,10 @@ MAY_IMPORT = {
     "models": {"layers"},
     "processing": set(),
     "parallel": set(),
-    "checkpoint": {"parallel", "layers"},
+    "array_files": {"layers"},
+    "whole_folder": set(),
+    "checkpoint": {"array_files"},
+    "hub": {"checkpoint"},
     "convert": BELOW_CONVERT,
     "generation": BELOW_CONVERT,
     "training": BELOW_CONVERT,

@@ -27,9 +27,8 @@ def convert(
         overwrite: Replace a checkpoint that is there.
     """
     from flax_vlm.convert import to_flax
-    from flax_vlm.pretrained import local_folder
 
-    to_flax(local_folder(source), target, dtype=dtype, overwrite=overwrite)
+    to_flax(source, target, dtype=dtype, overwrite=overwrite)
     print(f"{source} -> {target} (native)")
 
 

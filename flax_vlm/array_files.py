@@ -1,0 +1,229 @@
+"""The arrays of a native checkpoint: its folder `params/`, one zarr array a parameter, laid out as Orbax reads it.
+
+Opening reads names, shapes and dtypes only; reading takes a whole array or a slice of it, through tensorstore. Neither
+needs JAX. Arrays are stored uncompressed in chunks of about 8 MiB, so that a slice costs little more than its own bytes
+and a conversion holds little more than a chunk. `publish` has Orbax write what it keeps beside the arrays; what is then
+there restores with orbax.checkpoint.StandardCheckpointer, onto any mesh.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401, it is what teaches numpy bfloat16
+import numpy as np
+
+BLOCK = 16 << 20  # bytes: what one step of a stream holds
+CHUNK = 8 << 20  # bytes: the largest file of an array, unless one row of it is larger
+
+Index = tuple[slice, ...]  # one slice an axis, of step 1
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """What is known of an array before any of it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class ArrayFiles:
+    """The parameters of a native checkpoint, "a/b/kernel" -> array. Any checkpoint of one PyTree that Orbax wrote."""
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "ArrayFiles":
+        """Opens the folder that Orbax calls a checkpoint: `params/` of ours.
+
+        Raises:
+          ValueError: for a folder that is none.
+        """
+        return cls(Path(folder).resolve())
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            data = json.loads((folder / "_METADATA").read_bytes())
+            keys = [[str(key["key"]) for key in leaf["key_metadata"]] for leaf in data["tree_metadata"].values()]
+            self._ocdbt, self._zarr3 = bool(data.get("use_ocdbt", True)), bool(data.get("use_zarr3", False))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder}: expected parameters that Orbax wrote, came: {error!r}. {_AGAIN}") from error
+        self._names = {"/".join(path): ".".join(path) for path in keys}
+        self.tensors = {path: self._info(path) for path in self._names}
+
+    def read(self, path: str, index: Index | None = None) -> np.ndarray:
+        """One array, or a slice of it."""
+        store = self._store(path)
+        try:
+            return np.asarray((store if index is None else store[index]).read().result())
+        except ValueError as error:
+            raise ValueError(f"{self._folder / self._names[path]}: cannot be read: {error}. {_AGAIN}") from error
+
+    def _store(self, path: str) -> Any:
+        import tensorstore
+
+        name = self._names[path]
+        if self._ocdbt:
+            base = {"driver": "file", "path": f"{self._folder}/"}
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        else:
+            kvstore = {"driver": "file", "path": f"{self._folder / name}/"}
+        spec = {"driver": "zarr3" if self._zarr3 else "zarr", "kvstore": kvstore}
+        try:
+            return tensorstore.open(spec, open=True, read=True).result()
+        except ValueError as error:
+            raise ValueError(f"{self._folder / name}: cannot be read: {error}. {_AGAIN}") from error
+
+    def _info(self, path: str) -> ArrayInfo:
+        if self._ocdbt or not self._zarr3:
+            store = self._store(path)
+            chunks = store.chunk_layout.read_chunk.shape
+            return ArrayInfo(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), tuple(chunks))
+        header = self._folder / self._names[path] / "zarr.json"
+        try:  # without tensorstore, for the sake of `flax-vlm inspect`
+            data = json.loads(header.read_bytes())
+            chunks = data["chunk_grid"]["configuration"]["chunk_shape"]
+            return ArrayInfo(tuple(data["shape"]), np.dtype(data["data_type"]), tuple(chunks))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{header}: expected the header of an array, came: {error!r}. {_AGAIN}") from error
+
+
+_AGAIN = "Convert or copy the checkpoint again."
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int, stream_axis: int | None) -> tuple[int, ...]:
+    """Chunks for an array that is written in blocks along `stream_axis`, each block whole chunks.
+
+    Sizes are multiples of 128 where they can be: what meshes divide evenly and transposes like.
+    """
+    chunks = list(shape)
+    if stream_axis is None or math.prod(shape) == 0:
+        return tuple(max(1, size) for size in shape)
+    chunks[stream_axis] = rows_within(BLOCK, shape, itemsize, stream_axis)
+    while math.prod(chunks) * itemsize > CHUNK:
+        others = [axis for axis in range(len(shape)) if axis != stream_axis]
+        widest = max(others, key=lambda axis: chunks[axis], default=stream_axis)
+        if chunks[widest] == 1:
+            widest = stream_axis
+        if chunks[widest] == 1:
+            break
+        chunks[widest] = _rounded(-(-chunks[widest] // 2), shape[widest])
+    return tuple(chunks)
+
+
+def rows_within(nbytes: int, shape: tuple[int, ...], itemsize: int, axis: int) -> int:
+    """How many indices of `axis` fit in `nbytes`, at least one, spread evenly over the blocks that it takes."""
+    row = max(1, math.prod(shape) // max(1, shape[axis])) * itemsize
+    blocks = -(-shape[axis] // max(1, nbytes // row))
+    return _rounded(-(-shape[axis] // max(1, blocks)), shape[axis])
+
+
+def _rounded(size: int, limit: int) -> int:
+    return min(limit, size if size < 128 else -(-size // 128) * 128)
+
+
+def create_array(folder: str | Path, shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]) -> Any:
+    """A new zarr array, as a tensorstore.TensorStore to write to; `folder` may be a gs:// address.
+
+    What is written is with the operating system when its future is done, and on the disk after `sync_array`.
+    """
+    import tensorstore
+
+    kvstore = f"{folder}/" if "://" in str(folder) else {"driver": "file", "path": f"{folder}/"}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": kvstore,
+        "metadata": {
+            "shape": shape,
+            "data_type": np.dtype(dtype).name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        },
+        "store_data_equal_to_fill_value": True,  # a file for every chunk: one that is missing is a fault, not zeros
+    }
+    context = tensorstore.Context({"file_io_sync": False})
+    return tensorstore.open(spec, context=context, create=True, delete_existing=True).result()
+
+
+def sync_array(folder: Path) -> None:
+    """Returns when all of the array is on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def save_tree(params: Path, tree: Mapping[str, Any]) -> None:
+    """Has Orbax write `tree` (arrays; jax ones may be on any mesh) as the checkpoint `params`."""
+    import jax
+    import orbax.checkpoint as ocp  # half a second that loading need not wait for
+
+    in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), tree)
+    _save(params, ocp.args.PyTreeSave(tree, save_args=in_chunks))
+
+
+def publish(params: Path, paths: Iterable[str], write: Callable[[Mapping[str, Path]], None]) -> None:
+    """Has Orbax make `params` a checkpoint of the arrays at `paths`, which `write` puts in place, path -> its folder.
+
+    What `write` is called with lies in a folder of Orbax's that becomes `params` when all is written.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import type_handlers
+
+    from flax_vlm.layers.param_tree import unflatten_params
+
+    @dataclass(frozen=True)
+    class Leaf:
+        path: str
+
+    class Handler(type_handlers.TypeHandler):
+        """Orbax's extension point: how leaves of one type are saved."""
+
+        def typestr(self) -> str:
+            return "jax.Array"  # what they are restored as
+
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+            write({leaf.path: info.parent_dir / info.name for leaf, info in zip(values, infos, strict=True)})
+            return []
+
+        async def deserialize(self, infos: Any, args: Any = None) -> Any:
+            raise NotImplementedError("these leaves are saved only")
+
+        async def metadata(self, infos: Any) -> Any:
+            raise NotImplementedError("these leaves are saved only")
+
+        def memory_size(self, values: Any) -> list[tuple[int, int]]:
+            return [(0, 0) for _ in values]
+
+    registry = type_handlers.create_type_handler_registry((Leaf, Handler()), (jax.Array, type_handlers.ArrayHandler()))
+    tree = unflatten_params({path: Leaf(path) for path in paths})
+    _save(params, ocp.args.PyTreeSave(tree), type_handler_registry=registry)
+
+
+def _save(params: Path, args: Any, **options: Any) -> None:
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False, **options)
+    log = logging.getLogger("absl")
+    log.addFilter(_expected)
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(params.resolve(), args=args)
+    finally:
+        log.removeFilter(_expected)
+
+
+def _expected(record: logging.LogRecord) -> bool:
+    """Drops Orbax's warning that files of a format we do not ask for are missing."""
+    return "Skipping merge of OCDBT" not in str(record.msg)

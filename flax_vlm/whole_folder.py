@@ -1,0 +1,178 @@
+"""Folders that appear whole or not at all, and work on them that goes on where it was killed.
+
+A folder is written beside its target, as `.<name>.partial`, and renamed at the end. While it is written it holds a
+journal, locked by its writer: a second writer of the same target is refused, and the next one finds what is done.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("flax_vlm")
+
+JOURNAL = "journal.jsonl"
+
+
+class Draft:
+    """A folder that is being written.
+
+    Attributes:
+      folder: where to write.
+      done: key -> value of everything noted, before a kill too.
+    """
+
+    def __init__(self, folder: Path, journal: Any, done: dict[str, Any]) -> None:
+        self.folder = folder
+        self.done = done
+        self._journal = journal
+
+    def note(self, entries: Mapping[str, Any]) -> None:
+        """Remembers that these pieces are done; they must be on the disk already."""
+        for key, value in entries.items():
+            self._journal.write(json.dumps([key, value]).encode() + b"\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+        self.done.update(entries)
+
+
+@contextlib.contextmanager
+def whole_folder(
+    target: str | Path, overwrite: bool = False, *, job: Any = None, marker: str = "config.json", nbytes: int = 0
+) -> Iterator[Draft]:
+    """A draft that becomes `target` at the end of the block.
+
+    If the block raises, the draft vanishes, unless a `job` was given and something noted: then it stays, and the next
+    call with an equal job goes on with it.
+
+    Args:
+      overwrite: replace a folder that is there and holds the file `marker`.
+      job: what the work depends on, as JSON; None for work that starts afresh every time.
+      nbytes: how much will be written.
+
+    Raises:
+      FileExistsError: when something is there that is not to be replaced, or another process is writing it.
+      OSError: when the disk has no room for `nbytes`, or the folder of `target` cannot be written.
+    """
+    target = resolved(target)
+    folder = target.with_name(f".{target.name}.partial")
+    _check_taken(target, overwrite, marker)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, target) as journal:
+            _check_taken(target, overwrite, marker)
+            done = _resume(folder, journal, job)
+            draft = Draft(folder, journal, done)
+            _check_room(folder, nbytes)
+            try:
+                yield draft
+            except BaseException as error:
+                if job is None or not draft.done or isinstance(error, ValueError):  # another try would fail alike
+                    shutil.rmtree(folder, ignore_errors=True)
+                else:
+                    logger.warning("what is done stays in %s: the same command goes on, or remove it", folder)
+                raise
+            (folder / JOURNAL).unlink()
+            _rename(folder, target)
+    except OSError as error:
+        _explain(error, target, nbytes)
+        raise
+
+
+def resolved(path: str | Path) -> Path:
+    """`path`, absolute, without symbolic links.
+
+    Raises:
+      OSError: where the links go in a circle.
+    """
+    try:
+        return Path(path).resolve()
+    except RuntimeError as error:  # Python 3.11 and 3.12
+        raise OSError(errno.ELOOP, "expected a path, came links that go in a circle. Remove them", str(path)) from error
+
+
+def _check_taken(target: Path, overwrite: bool, marker: str) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} exists: choose another target, or pass overwrite=True (--overwrite)")
+    if not (target / marker).is_file():
+        raise FileExistsError(f"{target} exists and holds no {marker}: only a checkpoint is overwritten")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, target: Path) -> Iterator[Any]:
+    """The journal of a draft, made if need be, ours alone."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            journal = (folder / JOURNAL).open("a+b")
+        except FileNotFoundError:  # another writer has just finished
+            continue
+        with journal:
+            try:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"{target} is being written by another process: wait for it, or choose another target"
+                raise FileExistsError(message) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(journal.fileno()), os.stat(folder / JOURNAL)):
+                    yield journal
+                    return
+
+
+def _resume(folder: Path, journal: Any, job: Any) -> dict[str, Any]:
+    """What the journal says is done of `job`. What was left of any other is removed."""
+    journal.seek(0)
+    whole = journal.read().split(b"\n")[:-1]  # a kill may have cut the last one
+    header = json.dumps({"job": job}).encode()
+    if job is not None and whole and whole[0] == header:
+        journal.truncate(sum(len(line) + 1 for line in whole))
+        return dict(json.loads(line) for line in whole[1:])
+    for path in folder.iterdir():
+        if path.name != JOURNAL:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    journal.truncate(0)
+    journal.write(header + b"\n")
+    journal.flush()
+    return {}
+
+
+def _check_room(folder: Path, nbytes: int) -> None:
+    written = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free
+    if nbytes - written > free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _rename(folder: Path, target: Path) -> None:
+    if target.exists():
+        retired = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(retired, ignore_errors=True)
+        os.rename(target, retired)
+        os.rename(folder, target)
+        shutil.rmtree(retired)
+    else:
+        os.rename(folder, target)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _explain(error: OSError, target: Path, nbytes: int) -> None:
+    """Raises `error` again as a sentence that says what to do, where there is one."""
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(target.parent).free
+        needs = f"{nbytes:,} bytes are needed" if nbytes else "more is needed"
+        message = f"{target}: the disk is full: {needs}, {free:,} are free. Make room, then run the same again"
+        raise OSError(errno.ENOSPC, message) from error
+    refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename
+    if refused and Path(error.filename).is_relative_to(target.parent):
+        message = f"expected a folder that can be written, came: {error.strerror}. Choose another target"
+        raise PermissionError(error.errno, message, str(target.parent)) from error
