@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-import flax_vlm
+from flax_vlm import __version__
 from flax_vlm.checkpoint import CONVERSION
 
 from .stream import Moved
@@ -16,7 +16,7 @@ from .stream import Moved
 def describe(source: str | Path, folder: Path, files: Iterable[Path], model: str, dtype: Any) -> dict[str, Any]:
     """Where a checkpoint will come from: `source`, which is in `folder`, its `files`, and the cast asked for."""
     return {
-        "flax_vlm": flax_vlm.__version__,
+        "flax_vlm": __version__,
         "model_class": model,
         "dtype": None if dtype is None else np.dtype(dtype).name,
         "source": {
