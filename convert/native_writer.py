@@ -1,10 +1,12 @@
 """Parameters written as a native checkpoint's arrays, straight from the files they are in."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from .stream import WORKERS, Content, Moved, Progress, Stream, cast, packed, row
 
 PARAMS = "params"
 _STAGING = "arrays"
+_START = 350 << 20  # bytes: Python with JAX, Orbax and tensorstore
 
 
 def write_params(
@@ -35,26 +38,33 @@ def write_params(
       dtype: cast floating parameters to it.
       progress: called after every block, from several threads but never at the same time.
     """
-    staging = draft.folder / _STAGING
-    staging.mkdir(exist_ok=True)
-    _take_back(draft.folder, staging)
-    places = {source.flax: staging / source.flax.replace("/", ".") for source in sources}
     by_path = {source.flax: source for source in sources}
     stream = Stream(draft, {path: written_bytes(source, dtype) for path, source in by_path.items()}, progress)
 
-    def move(path: str) -> Mapping[str, Content]:
-        return {path: write_array(places[path], by_path[path], files, dtype, stream)}
+    def write(places: Mapping[str, Any]) -> None:
+        def move(path: str) -> Mapping[str, Content]:
+            return {path: write_array(places[path], by_path[path], files, dtype, stream)}
 
-    def flush(paths: list[str]) -> None:
-        for path in paths:
-            sync_array(places[path])
+        def flush(paths: list[str]) -> None:
+            for path in paths:
+                sync_array(places[path])
 
-    waiting = [path for path in by_path if path not in draft.done or not places[path].is_dir()]
-    stream.run(waiting, move, flush, workers)
+        waiting = [path for path in by_path if path not in draft.done or not places[path].is_dir()]
+        stream.run(waiting, move, flush, workers)
 
-    def place(targets: Mapping[str, Path]) -> None:
-        for path, target in targets.items():
-            os.rename(places[path], target)
+    if draft.remote:  # nothing can be renamed there: Orbax marks what is whole
+        publish(draft.folder / PARAMS, by_path, write)
+        return stream.outcome()
+
+    staging = draft.folder / _STAGING
+    staging.mkdir(exist_ok=True)
+    _take_back(draft.folder, staging)
+    staged = {path: staging / path.replace("/", ".") for path in by_path}
+    write(staged)
+
+    def place(places: Mapping[str, Path]) -> None:
+        for path, folder in places.items():
+            os.rename(staged[path], folder)
 
     publish(draft.folder / PARAMS, by_path, place)
     shutil.rmtree(staging)
@@ -86,6 +96,54 @@ def write_array(place: Any, source: Source, files: Reader, dtype: Any, stream: S
 
 def written_bytes(source: Source, dtype: Any) -> int:
     return int(np.prod(source.shape, dtype=np.int64)) * written_dtype(source.info.dtype, dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a conversion will take.
+
+    Attributes:
+      model: the class that its parameters are of.
+      parameters: how many.
+      nbytes: what will be written.
+      blocks: in how many pieces.
+      memory: an estimate of the peak, in bytes, Python and its libraries included.
+    """
+
+    model: str
+    parameters: int
+    nbytes: int
+    blocks: int
+    memory: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}: {self.parameters:,} parameters, {self.nbytes:,} bytes to write in {self.blocks:,} blocks, "
+            f"about {self.memory / 1e9:.1f} GB of memory at the peak"
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self), indent=2)
+
+
+def outlook(model: str, sources: Sequence[Source], dtype: Any = None, workers: int = WORKERS) -> Outlook:
+    """What writing `sources` will take; nothing is read."""
+    blocks, largest = 0, 0
+    for source in sources:
+        rows, step = _rows(source, written_dtype(source.info.dtype, dtype))
+        blocks += len(list(row_blocks(rows, step)))
+        largest = max(largest, written_bytes(source, dtype) * min(step, rows) // max(1, rows))
+    # Of one thread: the rows, their copy in our layout, and two copies that are being written.
+    memory = _START + workers * 4 * largest
+    return Outlook(model, len(sources), sum(written_bytes(each, dtype) for each in sources), blocks, memory)
+
+
+def _rows(source: Source, dtype: np.dtype) -> tuple[int, int]:
+    """A parameter's rows as PyTorch holds it, and how many of them make a block."""
+    axis = source.transform.slowest_axis(len(source.shape))
+    if axis is None:
+        return 1, 1
+    return source.shape[axis], chunk_shape(source.shape, dtype.itemsize, axis)[axis]
 
 
 def _take_back(folder: Path, staging: Path) -> None:

@@ -8,6 +8,7 @@ every parameter is filled once, and all faults are raised together before anythi
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from flax_vlm.layers.param_tree import common_float, flatten_params, unflatten_p
 from flax_vlm.layers.stack import unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
-from flax_vlm.whole_folder import resolved, whole_folder
+from flax_vlm.whole_folder import Draft, remote_folder, resolved, whole_folder
 
+from . import native_writer
 from .errors import ConversionError
 from .layouts import TABLES, layout_for
-from .native_writer import write_params, written_bytes
+from .native_writer import Outlook, write_params, written_bytes
 from .provenance import describe, write_provenance
 from .rules import KeyStyle, Reader, Rule, Source, match, plan_read, plan_write
 from .stream import Moved, Progress, written_dtype
@@ -80,6 +82,22 @@ def open_checkpoint(folder: str | Path, model_class: ModelClass | None = None) -
     return plan(registry.read_config(data), TorchFiles.open(folder), model_class, data.get("architectures"))
 
 
+def tower(source: str | Path, name: str) -> ModelClass:
+    """The class of the "text" or "vision" tower of a PyTorch checkpoint; ValueError where its model has none."""
+    data = checkpoint.read_config(local_folder(source))
+    return registry.tower(registry.model_class(registry.read_config(data), data.get("architectures")), name)
+
+
+def outlook(source: str | Path, *, dtype: Any = None, model_class: ModelClass | None = None) -> Outlook:
+    """What `to_flax` will take. Every name and shape is matched; no weights are read.
+
+    Raises:
+      ConversionError: when files and model do not fit.
+    """
+    planned = open_checkpoint(local_folder(source), model_class)
+    return native_writer.outlook(type(planned.model).__name__, planned.sources, dtype)
+
+
 def to_flax(
     source: str | Path,
     target: str | Path,
@@ -92,7 +110,8 @@ def to_flax(
     """Converts a PyTorch checkpoint, a folder or a repository on the Hub, to a native one in the folder `target`.
 
     Memory stays at a few blocks of 16 MiB, whatever the size of the checkpoint. `target` appears when it is whole;
-    killed before, the same call goes on where it was.
+    killed before, the same call goes on where it was. A target in cloud storage (gs://, with the extra `gcs`) gets its
+    config.json last instead, and does not load without; a call that was killed starts afresh there.
 
     Args:
       dtype: cast floating tensors to it; None keeps each as it is.
@@ -111,7 +130,7 @@ def to_flax(
     files = planned.files.files if isinstance(planned.files, TorchFiles) else []
     origin = describe(source, folder, files, type(planned.model).__name__, dtype)
     nbytes = sum(written_bytes(each, dtype) for each in planned.sources)
-    with whole_folder(target, overwrite, job=_job(origin, data, files), nbytes=nbytes) as draft:
+    with _draft(target, overwrite, _job(origin, data, files), nbytes) as draft:
         moved = write_params(draft, planned.sources, planned.files, dtype=dtype, progress=progress)
         write_provenance(draft.folder, origin, {each.flax: each.torch for each in planned.sources}, moved)
         _finish(draft.folder, folder, data, moved)
@@ -211,8 +230,18 @@ def _with_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
     return {**{key: value for key, value in config.items() if key != "dtype"}, "torch_dtype": dtype.name}
 
 
+def _draft(target: str | Path, overwrite: bool, job: Any, nbytes: int) -> AbstractContextManager[Draft]:
+    if "://" not in str(target):
+        return whole_folder(target, overwrite, job=job, nbytes=nbytes)
+    from etils import epath
+
+    return remote_folder(epath.Path(target), overwrite)
+
+
 def _apart(source: Path, target: str | Path) -> None:
     """Refuses a target inside its source, which would change it, and a source inside its target."""
+    if "://" in str(target):
+        return
     one, other = resolved(source), resolved(target)
     if one.is_relative_to(other) or other.is_relative_to(one):
         raise ConversionError(f"{target}: expected a folder apart from {source}. Choose another target")

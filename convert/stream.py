@@ -34,6 +34,7 @@ class Progress:
     done: int
     total: int
     tensor: str  # the one being moved
+    resumed: int = 0  # the part of `done` that a killed run left
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Moved:
     sha256: Mapping[str, str]
     nonfinite: Mapping[str, int]
 
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the hashes, which the checkpoint holds."""
+        return {name: value for name, value in vars(self).items() if name != "sha256"}
+
 
 class Stream:
     """One conversion on its way: counts, hashes and notes what is moved."""
@@ -66,6 +71,7 @@ class Stream:
         self._start = time.monotonic()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+        self._total = sum(sizes.values())
         self._written = self._resumed = 0
 
     def run(
@@ -76,7 +82,7 @@ class Stream:
         workers: int = WORKERS,
     ) -> None:
         """Calls `move` for each name on threads; `flush`, before their contents are noted, with names that are done."""
-        self._resumed = self._written = sum(self._sizes.values()) - sum(self._sizes[name] for name in names)
+        self._resumed = self._written = self._total - sum(self._sizes[name] for name in names)
         with ThreadPoolExecutor(workers) as pool, ExitStack() as on_exit:
             on_exit.callback(self._stopped.set)  # an error or an interrupt ends the other threads at their next block
             futures = {pool.submit(move, name): name for name in names}
@@ -101,14 +107,14 @@ class Stream:
         with self._lock:
             self._written += nbytes
             if self._progress:
-                self._progress(Progress(self._written, sum(self._sizes.values()), name))
+                self._progress(Progress(self._written, self._total, name, self._resumed))
 
     def outcome(self) -> Moved:
         """When everything has been noted."""
         notes = {path: note for contents in self._draft.done.values() for path, note in contents.items()}
         return Moved(
             tensors=len(self._sizes),
-            nbytes=sum(self._sizes.values()),
+            nbytes=self._total,
             resumed=self._resumed,
             seconds=time.monotonic() - self._start,
             sha256={path: note["sha256"] for path, note in notes.items()},

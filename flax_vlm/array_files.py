@@ -154,8 +154,10 @@ def create_array(folder: str | Path, shape: tuple[int, ...], dtype: np.dtype, ch
     return tensorstore.open(spec, context=context, create=True, delete_existing=True).result()
 
 
-def sync_array(folder: Path) -> None:
-    """Returns when all of the array is on the disk."""
+def sync_array(folder: Any) -> None:
+    """Returns when all of the array is on the disk, if it is on one."""
+    if "://" in str(folder):
+        return
     for file in folder.rglob("*"):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)
@@ -169,13 +171,14 @@ def save_tree(params: Path, tree: Mapping[str, Any]) -> None:
     import orbax.checkpoint as ocp  # half a second that loading need not wait for
 
     in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), tree)
-    _save(params, ocp.args.PyTreeSave(tree, save_args=in_chunks))
+    _save(params.resolve(), ocp.args.PyTreeSave(tree, save_args=in_chunks))
 
 
-def publish(params: Path, paths: Iterable[str], write: Callable[[Mapping[str, Path]], None]) -> None:
+def publish(params: Any, paths: Iterable[str], write: Callable[[Mapping[str, Path]], None]) -> None:
     """Has Orbax make `params` a checkpoint of the arrays at `paths`, which `write` puts in place, path -> its folder.
 
-    What `write` is called with lies in a folder of Orbax's that becomes `params` when all is written.
+    What `write` is called with lies in a folder of Orbax's that becomes `params` when all is written. `params` is a
+    resolved path, or an etils.epath.Path of cloud storage.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -211,7 +214,7 @@ def publish(params: Path, paths: Iterable[str], write: Callable[[Mapping[str, Pa
     _save(params, ocp.args.PyTreeSave(tree), type_handler_registry=registry)
 
 
-def _save(params: Path, args: Any, **options: Any) -> None:
+def _save(params: Any, args: Any, **options: Any) -> None:
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False, **options)
@@ -219,7 +222,7 @@ def _save(params: Path, args: Any, **options: Any) -> None:
     log.addFilter(_expected)
     try:
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(params.resolve(), args=args)
+            checkpointer.save(params, args=args, force=True)
     finally:
         log.removeFilter(_expected)
 

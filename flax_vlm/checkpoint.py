@@ -5,7 +5,6 @@ that reads Orbax reads them.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}). Is {path} the folder of a checkpoint?") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: expected a JSON object, came: {error}. Download it again") from error
+        raise ValueError(f"{file}: expected JSON of one object, came: {error}. Download it again") from error
     return data
 
 
@@ -82,7 +81,7 @@ def copy_processor(source: str | Path, folder: Path) -> None:
     """Copies what a processor needs, where it is there."""
     for name in PROCESSOR_FILES:
         if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, folder / name)
+            (folder / name).write_bytes((Path(source) / name).read_bytes())
 
 
 def save_params(folder: Path, params: Mapping[str, Any]) -> None:

@@ -26,20 +26,24 @@ class Draft:
     Attributes:
       folder: where to write.
       done: key -> value of everything noted, before a kill too.
+      remote: whether the folder is in cloud storage, and already the target.
     """
 
-    def __init__(self, folder: Path, journal: Any, done: dict[str, Any]) -> None:
+    def __init__(self, folder: Any, journal: Any, done: dict[str, Any]) -> None:
         self.folder = folder
         self.done = done
+        self.remote = journal is None
         self._journal = journal
 
     def note(self, entries: Mapping[str, Any]) -> None:
         """Remembers that these pieces are done; they must be on the disk already."""
+        self.done.update(entries)
+        if self._journal is None:
+            return
         for key, value in entries.items():
             self._journal.write(json.dumps([key, value]).encode() + b"\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
-        self.done.update(entries)
 
 
 @contextlib.contextmanager
@@ -83,6 +87,31 @@ def whole_folder(
     except OSError as error:
         _explain(error, target, nbytes)
         raise
+
+
+@contextlib.contextmanager
+def remote_folder(target: Any, overwrite: bool = False, *, marker: str = "config.json") -> Iterator[Draft]:
+    """A draft in cloud storage, where nothing can be renamed: write `marker` last, for until then nothing loads.
+
+    Nothing goes on after a kill there: the next call starts afresh.
+
+    Args:
+      target: an etils.epath.Path.
+      overwrite: replace what is there.
+
+    Raises:
+      FileExistsError: when `marker` is there and is not to be replaced.
+    """
+    try:
+        taken = (target / marker).exists()
+    except ImportError as error:
+        raise OSError(f"{target}: cloud storage needs more: pip install flax-vlm[gcs] ({error})") from error
+    if taken:
+        if not overwrite:
+            raise FileExistsError(f"{target} exists: choose another target, or pass overwrite=True (--overwrite)")
+        (target / marker).unlink()
+    target.mkdir(parents=True, exist_ok=True)
+    yield Draft(target, None, {})
 
 
 def resolved(path: str | Path) -> Path:

@@ -1,8 +1,10 @@
 """The command line, as a person types it."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ from PIL import Image
 
 import flax_vlm
 from flax_vlm import cli, zero_shot
+from flax_vlm.cli.progress import progress_bar
+from flax_vlm.convert.stream import Progress
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "altclip-digits"
@@ -38,6 +42,40 @@ def test_convert_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"flax-vlm: {back} exists: choose another target" in capsys.readouterr().err
     assert cli.main(["export", native, back, "--overwrite"]) == 0
     assert flax_vlm.from_pretrained(back).processor(text="a handwritten seven")["input_ids"].shape[0] == 1
+
+
+def test_what_scripts_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, native = str(EXAMPLE / "checkpoint"), str(tmp_path / "native")
+    assert cli.main(["convert", source, native, "--dry-run"]) == 0
+    assert "AltCLIPModel: 115 parameters, 4,010,820 bytes to write" in capsys.readouterr().out
+    assert cli.main(["convert", source, native, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["nbytes"] == 4_010_820
+    assert not list(tmp_path.iterdir())
+    assert cli.main(["convert", source, native, "--json", "--only", "vision"]) == 0
+    moved = json.loads(capsys.readouterr().out)
+    assert (moved["source"], moved["target"], moved["tensors"]) == (source, native, 71)
+    assert (moved["nonfinite"], moved["resumed"]) == ({}, 0)
+    back = str(tmp_path / "back")
+    assert cli.main(["export", native, back, "--quiet", "--shard-size", "1MB"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) == 4
+    assert cli.main(["convert", back, str(tmp_path / "no"), "--only", "text"]) == 2
+    assert "AltCLIPVisionModel has no text tower" in capsys.readouterr().err
+
+
+def test_a_bar_where_someone_looks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress_bar(hidden=False) as progress:
+        progress(Progress(done=30, total=120, tensor="a/kernel", resumed=20))
+        time.sleep(0.2)  # the bar is drawn ten times a second
+        progress(Progress(done=120, total=120, tensor="b/kernel", resumed=20))
+    shown = capsys.readouterr().err
+    assert "100%" in shown
+    assert "b/kernel" in shown
+    with progress_bar(hidden=True) as progress:
+        progress(Progress(done=120, total=120, tensor="b/kernel"))
+    assert not capsys.readouterr().err
 
 
 def test_python_m_convert(tmp_path: Path) -> None:
