@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import ConversionError
+    from .inspection import inspect
     from .port import from_state_dict, state_dict, to_flax, to_torch
+    from .verification import verify
 
 _HOMES = {
     "ConversionError": ".errors",
+    "inspect": ".inspection",
+    "verify": ".verification",
     "from_state_dict": ".port",
     "state_dict": ".port",
     "to_flax": ".port",
     "to_torch": ".port",
 }
 
-__all__ = ["ConversionError", "from_state_dict", "state_dict", "to_flax", "to_torch"]
+__all__ = ["ConversionError", "from_state_dict", "inspect", "state_dict", "to_flax", "to_torch", "verify"]
 
 
 def __getattr__(name: str) -> Any:

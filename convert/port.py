@@ -128,7 +128,8 @@ def to_flax(
     planned = open_checkpoint(folder, model_class)
     data = _config_json(checkpoint.read_config(folder), planned.model, dtype or planned.dtype)
     files = planned.files.files if isinstance(planned.files, TorchFiles) else []
-    origin = describe(source, folder, files, type(planned.model).__name__, dtype)
+    sizes = {file.name: file.stat().st_size for file in files}
+    origin = describe(source, folder, sizes, type(planned.model).__name__, dtype)
     nbytes = sum(written_bytes(each, dtype) for each in planned.sources)
     with _draft(target, overwrite, _job(origin, data, files), nbytes) as draft:
         moved = write_params(draft, planned.sources, planned.files, dtype=dtype, progress=progress)
@@ -174,7 +175,8 @@ def to_torch(
     dtypes = [written_dtype(leaf.dtype, dtype) for leaf in arrays.tensors.values()]
     data = _with_dtype({**read, "architectures": [model_class.__name__]}, common_float(dtypes))
     files = sorted((folder / checkpoint.PARAMS).glob("*/zarr.json"))
-    origin = describe(source, folder, files, model_class.__name__, dtype)
+    sizes = {checkpoint.PARAMS: sum(leaf.nbytes for leaf in arrays.tensors.values())}
+    origin = describe(source, folder, sizes, model_class.__name__, dtype)
     job = _job(origin, data, files, key_style, str(max_shard_size))
     nbytes = sum(math.prod(leaf.shape) * to.itemsize for leaf, to in zip(arrays.tensors.values(), dtypes, strict=True))
     with whole_folder(target, overwrite, job=job, nbytes=nbytes) as draft:
@@ -257,4 +259,4 @@ def _finish(draft: Path, source: Path, data: Mapping[str, Any], moved: Moved) ->
     checkpoint.copy_processor(source, draft)
     checkpoint.write_config(draft, data)
     for path, count in moved.nonfinite.items():
-        logger.warning("%s: %d of its values are NaN or infinite, as they are in the source", path, count)
+        logger.warning("%s: %d of the written values are NaN or infinite", path, count)

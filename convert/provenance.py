@@ -1,32 +1,33 @@
 """conversion.json: where a converted checkpoint comes from, and the hashes of what it holds."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flax_vlm import __version__
 from flax_vlm.checkpoint import CONVERSION
 
-from .stream import Moved
+if TYPE_CHECKING:  # which brings JAX, and reading does without
+    from .stream import Moved
 
 
-def describe(source: str | Path, folder: Path, files: Iterable[Path], model: str, dtype: Any) -> dict[str, Any]:
-    """Where a checkpoint will come from: `source`, which is in `folder`, its `files`, and the cast asked for."""
+def describe(source: str | Path, folder: Path, files: Mapping[str, int], model: str, dtype: Any) -> dict[str, Any]:
+    """Where a checkpoint will come from: `source`, in `folder`, with the sizes of its `files`; and the cast asked for."""
     return {
         "flax_vlm": __version__,
         "model_class": model,
         "dtype": None if dtype is None else np.dtype(dtype).name,
         "source": {
             "folder": folder.resolve().name if Path(source).is_dir() else str(source),
-            "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
+            "files": dict(files),
         },
     }
 
 
-def write_provenance(draft: Path, origin: Mapping[str, Any], names: Mapping[str, str], moved: Moved) -> None:
+def write_provenance(draft: Path, origin: Mapping[str, Any], names: Mapping[str, str], moved: "Moved") -> None:
     """Writes conversion.json.
 
     Args:
@@ -48,8 +49,10 @@ def read_provenance(folder: str | Path) -> dict[str, Any] | None:
     file = Path(folder) / CONVERSION
     try:
         data = json.loads(file.read_bytes())
-        hashes = [(each["torch"], each["sha256"]) for each in data["parameters"].values()]
-        if not all(isinstance(text, str) for pair in hashes for text in pair) or not data["source"]["files"].items:
+        texts = [each[key] for each in data["parameters"].values() for key in ("torch", "sha256")]
+        texts += [data["flax_vlm"], data["source"]["folder"]]
+        sizes = data["source"]["files"].values()
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(size, int) for size in sizes):
             raise TypeError("not the contents of a conversion.json")
     except FileNotFoundError:
         return None

@@ -159,7 +159,10 @@ def written_dtype(own: np.dtype, dtype: Any) -> np.dtype:
 
 def cast(array: np.ndarray, dtype: Any) -> np.ndarray:
     """A floating array in `dtype`; any other, and any where `dtype` is None, as it is."""
-    return array.astype(dtype, copy=False) if dtype is not None and is_float(array.dtype) else array
+    if dtype is None or not is_float(array.dtype):
+        return array
+    with np.errstate(over="ignore"):  # what becomes infinite is counted
+        return array.astype(dtype, copy=False)
 
 
 def packed(array: np.ndarray) -> np.ndarray:
