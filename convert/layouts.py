@@ -2,13 +2,20 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from flax_vlm.models import registry
 
-from . import altclip
+from . import altclip, idefics
 from .rules import Drop, Row, Rule, match
 
-TABLES: dict[str, tuple[Row, ...]] = {**altclip.TABLES}
+TABLES: dict[str, tuple[Row, ...]] = {**altclip.TABLES, **idefics.TABLES}
+_TIED = idefics.TIED_TABLES
+
+
+def table(model: str, config: Any = None) -> tuple[Row, ...]:
+    """The table of the model of that name; a head tied to the embeddings has no parameters of its own."""
+    return _TIED.get(model, TABLES[model]) if getattr(config, "tie_word_embeddings", False) else TABLES[model]
 
 
 def within(rows: Iterable[Row], flax_prefix: str, part: str) -> tuple[Row, ...]:
@@ -22,13 +29,13 @@ def within(rows: Iterable[Row], flax_prefix: str, part: str) -> tuple[Row, ...]:
     return tuple(map(inner, rows))
 
 
-def layout_for(model: str, names: Iterable[str]) -> tuple[Row, ...]:
+def layout_for(model: str, names: Iterable[str], config: Any = None) -> tuple[Row, ...]:
     """The table under which most of a checkpoint's `names` fill parameters of `model`.
 
     A tower may be saved alone, under its prefix, or inside the whole model; each is read by the same rows.
     """
-    candidates = [TABLES[model]]
-    candidates += [within(TABLES[whole], prefix, model) for whole, prefix in registry.wholes_of(model).items()]
+    candidates = [table(model, config)]
+    candidates += [within(table(whole, config), prefix, model) for whole, prefix in registry.wholes_of(model).items()]
     names = list(names)
 
     def filled(rows: tuple[Row, ...]) -> int:

@@ -26,7 +26,7 @@ from flax_vlm.whole_folder import Draft, remote_folder, resolved, whole_folder
 
 from . import native_writer
 from .errors import ConversionError
-from .layouts import TABLES, layout_for
+from .layouts import layout_for, table
 from .native_writer import Outlook, write_params, written_bytes
 from .provenance import describe, write_provenance
 from .rules import KeyStyle, Reader, Rule, Source, match, plan_read, plan_write
@@ -69,7 +69,7 @@ def plan(
     """
     model_class = model_class or registry.model_class(config, architectures)
     config = registry.config_for(model_class, config)
-    rows = layout_for(model_class.__name__, files.tensors)
+    rows = layout_for(model_class.__name__, files.tensors, config)
     model = registry.build(model_class, config, _filled_paths(rows, files))
     abstract = abstract_params(model)
     params = flatten_params(nn.meta.unbox(abstract))
@@ -169,9 +169,10 @@ def to_torch(
         raise ConversionError(f"{source}: expected a native checkpoint (a folder with {checkpoint.PARAMS}/ in it)")
     _apart(folder, target)
     read = checkpoint.read_config(folder)
-    model_class = registry.model_class(registry.read_config(read), read.get("architectures"))
+    config = registry.read_config(read)
+    model_class = registry.model_class(config, read.get("architectures"))
     arrays = checkpoint.open_params(folder)
-    targets = plan_write(TABLES[model_class.__name__], arrays.tensors, key_style)
+    targets = plan_write(table(model_class.__name__, config), arrays.tensors, key_style)
     dtypes = [written_dtype(leaf.dtype, dtype) for leaf in arrays.tensors.values()]
     data = _with_dtype({**read, "architectures": [model_class.__name__]}, common_float(dtypes))
     files = sorted((folder / checkpoint.PARAMS).glob("*/zarr.json"))
@@ -198,7 +199,7 @@ def state_dict(
     """
     model_class = model_class or registry.model_class(config)
     params = {path: np.asarray(leaf) for path, leaf in flatten_params(unstack_params(tree)).items()}
-    targets = plan_write(TABLES[model_class.__name__], params, key_style)
+    targets = plan_write(table(model_class.__name__, config), params, key_style)
     return {each.torch: each.build(params.__getitem__) for each in targets}
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # which brings JAX, and reading does without
 
 
 def describe(source: str | Path, folder: Path, files: Mapping[str, int], model: str, dtype: Any) -> dict[str, Any]:
-    """Where a checkpoint will come from: `source`, in `folder`, with the sizes of its `files`; and the cast asked for."""
+    """Where a checkpoint will come from: `source`, in `folder`, the sizes of its `files`, and the cast asked for."""
     return {
         "flax_vlm": __version__,
         "model_class": model,

@@ -24,7 +24,7 @@ from . import port
 from .errors import ConversionError
 from .forward import TOLERANCE, compare_outputs, require_transformers
 from .inspection import listed
-from .layouts import TABLES
+from .layouts import table
 from .provenance import read_provenance
 from .rules import Axes, plan_write
 from .stream import WORKERS, Content, Progress, cast, packed, row_blocks
@@ -249,9 +249,9 @@ def _open(folder: Path, model_class: type[nn.Module]) -> _Opened:
 
     files = checkpoint.open_params(folder)
     held = {path.removeprefix(part): info for path, info in files.tensors.items() if path.startswith(part)}
-    targets = plan_write(TABLES[model_class.__name__], held)
-    transforms = {path: target.transform for target in targets for path in target.flax}
     config = registry.config_for(model_class, registry.read_config(checkpoint.read_config(folder)))
+    targets = plan_write(table(model_class.__name__, config), held)
+    transforms = {path: target.transform for target in targets for path in target.flax}
     arrays = {
         path: _Array(info.shape, info.dtype, info.chunks, transforms[path], partial(files.read, part + path))
         for path, info in held.items()

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from flax_vlm.layers.linear import wide
 
 Implementation: TypeAlias = Literal["auto", "xla", "blocked"]
-Mask: TypeAlias = Bool[Array, "#B #N #T S"]
+Mask: TypeAlias = Bool[Array, "#B #N #T _"]  # S columns, or a divisor of S
 
 # Scores of one block in `blocked`: small enough for a last-level cache share, large enough to keep the cores busy.
 _BLOCK_SCORES = 2**23
@@ -85,7 +85,8 @@ def attend(
 
     Args:
       mask, causal, key_value_lengths: what may be attended; all that are given must allow it. `causal` lines query t
-        up with key t.
+        up with key t. A mask that stands alone may have fewer columns than there are keys: each then speaks for as
+        many keys in a row (the tokens of one image, say), and is spread where the scores are, never before.
       bias: added to the scaled scores.
       scale: of the scores; H^-1/2 when None.
       dropout_rate, dropout_rng: dropout on the probabilities; off without a key.
@@ -115,6 +116,8 @@ def attend(
         causal_mask(num_queries, num_keys) if causal else None,
         length_mask(key_value_lengths, num_keys) if key_value_lengths is not None else None,
     )
+    if mask is not None and num_keys % max(1, mask.shape[-1]):
+        raise ValueError(f"mask has shape {mask.shape}: its last axis does not divide {num_keys} keys evenly")
     factor = head_dim**-0.5 if scale is None else scale
     dropping = dropout_rate > 0 and dropout_rng is not None
     if implementation == "blocked" and (dropping or return_weights):
@@ -166,7 +169,8 @@ def _attend_xla(
         scores += _by_group(bias, group).astype(accumulate)
     if mask is not None:
         mask = _by_group(mask, group)
-        scores = jnp.where(mask, scores, jnp.finfo(accumulate).min)
+        spread = jnp.repeat(mask, num_keys // max(1, mask.shape[-1]), axis=-1)
+        scores = jnp.where(spread, scores, jnp.finfo(accumulate).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if mask is not None:  # a row that may attend nothing has become uniform
         weights = jnp.where(mask.any(-1, keepdims=True), weights, 0)

@@ -7,7 +7,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
-from flax_vlm.layers.linear import Initializer, partitioned
+from flax_vlm.layers.linear import Initializer, matmul, partitioned
 
 
 class Embed(nn.Module):
@@ -25,12 +25,18 @@ class Embed(nn.Module):
     embedding_init: Initializer = nn.initializers.normal(1.0)
     axes: tuple[str | None, str | None] = ("vocab", "embed")
 
-    @nn.compact
-    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    def setup(self) -> None:
         shape = (self.num_embeddings, self.features)
-        table = self.param("embedding", partitioned(self.embedding_init, self.axes), shape, self.param_dtype)
-        (table,) = promote_dtype(table, dtype=self.dtype)
+        self.embedding = self.param("embedding", partitioned(self.embedding_init, self.axes), shape, self.param_dtype)
+
+    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        (table,) = promote_dtype(self.embedding, dtype=self.dtype)
         rows = table.at[ids].get(mode="fill", fill_value=jnp.nan)
         if self.padding_idx is None:
             return rows
         return jnp.where((ids == self.padding_idx)[..., None], jax.lax.stop_gradient(rows), rows)
+
+    def attend(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The logits of a head that is tied to this table."""
+        states, table = promote_dtype(states, self.embedding, dtype=self.dtype)
+        return matmul(states, table.T)

@@ -80,3 +80,30 @@ class MLP(nn.Module):
         inner = dense(self.intermediate_size, "fc1", self.fc1_init, ("embed", "mlp"))(hidden_states)
         inner = activation(self.hidden_act)(inner)
         return dense(hidden_states.shape[-1], "fc2", self.fc2_init, ("mlp", "embed"))(inner)
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))` without biases, width D -> F -> D (Shazeer, arXiv:2002.05202)."""
+
+    intermediate_size: int
+    hidden_act: str
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, hidden_states: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        def dense(features: int, name: str, axes: tuple[str, str]) -> Dense:
+            return Dense(
+                features,
+                use_bias=False,
+                kernel_init=self.kernel_init,
+                kernel_axes=axes,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )
+
+        gate = dense(self.intermediate_size, "gate_proj", ("embed", "mlp"))(hidden_states)
+        up = dense(self.intermediate_size, "up_proj", ("embed", "mlp"))(hidden_states)
+        return dense(hidden_states.shape[-1], "down_proj", ("mlp", "embed"))(activation(self.hidden_act)(gate) * up)

@@ -6,6 +6,8 @@ code and the same checkpoint: parameters hold one entry a layer (`layers_0`, `la
 with a leading layer axis, and `stack_params` / `unstack_params` turn one into the other.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -73,38 +75,62 @@ def run_layers(
     return carry, [jax.tree.map(lambda leaf, i=i: leaf[i], stacked_outputs) for i in range(length)]
 
 
-def stack_params(params: Mapping[str, Any], names: Sequence[str] = ("layers",)) -> dict[str, Any]:
+def stack_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """`layers_0, layers_1, ...` at any depth become one `layers` with a leading layer axis.
+
+    So does any other name that ends in "layers". Where two kinds of them stand side by side, they are scanned together,
+    block by block, and stand under `blocks`: m of one kind and m * k of the other become, with a leading axis of m,
+    `blocks/gates_layers` and `blocks/layers_0 ... layers_{k-1}` (`blocks/layers` if k is 1).
 
     Raises:
       ValueError: where the layers' shapes differ (pruned heads): those cannot be scanned.
     """
-    stacked: dict[str, Any] = {}
-    groups: dict[str, dict[int, Any]] = {name: {} for name in names}
+    rest: dict[str, Any] = {}
+    groups: dict[str, dict[int, Any]] = {}
     for key, value in params.items():
-        name, _, number = key.rpartition("_")
-        value = stack_params(value, names) if isinstance(value, Mapping) else value
-        if name in groups and number.isdigit():
-            groups[name][int(number)] = value
+        value = stack_params(value) if isinstance(value, Mapping) else value
+        numbered = _NUMBERED.fullmatch(key)
+        if numbered:
+            groups.setdefault(numbered["name"], {})[int(numbered["number"])] = value
         else:
-            stacked[key] = value
+            rest[key] = value
+    blocks = min(map(len, groups.values()), default=0)
+    stacked: dict[str, Any] = {}
     for name, layers in groups.items():
-        if layers:
-            ordered = [layers[i] for i in range(len(layers))]
-            if len({str(jax.tree.map(jnp.shape, layer)) for layer in ordered}) > 1:
+        per_block = len(layers) // blocks
+        for k in range(per_block):
+            members = [layers[i] for i in range(k, len(layers), per_block)]
+            if len({str(jax.tree.map(jnp.shape, layer)) for layer in members}) > 1:
                 raise ValueError(f"the layers {name}_0 ... differ in shape (pruned heads?): they cannot be scanned")
-            stacked[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
-    return stacked
+            key = name if per_block == 1 else f"{name}_{k}"
+            stacked[key] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    return {**rest, "blocks": stacked} if len(groups) > 1 else {**rest, **stacked}
 
 
-def unstack_params(params: Mapping[str, Any], names: Sequence[str] = ("layers",)) -> dict[str, Any]:
+def unstack_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `stack_params`; parameters that are not stacked stay as they are."""
     unstacked: dict[str, Any] = {}
     for key, value in params.items():
-        value = unstack_params(value, names) if isinstance(value, Mapping) else value
-        if key in names:
-            for i in range(jax.tree.leaves(value)[0].shape[0]):
-                unstacked[f"{key}_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
+        if key == "blocks":
+            unstacked |= _unstack_group(value)
+        elif key.endswith("layers"):
+            unstacked |= _unstack_group({key: value})
         else:
-            unstacked[key] = value
+            unstacked[key] = unstack_params(value) if isinstance(value, Mapping) else value
     return unstacked
+
+
+def _unstack_group(stacked: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers of one scan, each under its own number."""
+    found = [_NUMBERED.fullmatch(key) or key for key in stacked]
+    members = [(each, 0) if isinstance(each, str) else (each["name"], int(each["number"])) for each in found]
+    per_block = Counter(name for name, _ in members)
+    layers: dict[str, Any] = {}
+    for (name, k), value in zip(members, stacked.values(), strict=True):
+        value = unstack_params(value)
+        for block in range(jax.tree.leaves(value)[0].shape[0]):
+            layers[f"{name}_{block * per_block[name] + k}"] = jax.tree.map(lambda leaf, i=block: leaf[i], value)
+    return layers
+
+
+_NUMBERED = re.compile(r"(?P<name>(?:\w*_)?layers)_(?P<number>[0-9]+)")

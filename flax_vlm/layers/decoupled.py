@@ -1,0 +1,76 @@
+"""Embedding and head whose vocabulary is in two parts: a main one, and a few additional tokens (IDEFICS).
+
+The parts are tables of their own so that the main one can stay frozen while the additional one learns.
+
+V main vocabulary   A additional tokens   D model width
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array, Float, Int
+
+from flax_vlm.layers.embed import Embed
+from flax_vlm.layers.linear import Dense, matmul, partitioned
+
+
+class DecoupledEmbed(Embed):
+    """An `Embed` of V rows for the ids below V, with an `additional_embedding` for the A ids from there on, if any.
+
+    Ids past both give NaN rows.
+    """
+
+    num_additional_embeddings: int = 0
+
+    def setup(self) -> None:
+        super().setup()
+        if self.num_additional_embeddings:
+            self.additional_embedding = Embed(
+                self.num_additional_embeddings,
+                self.features,
+                embedding_init=self.embedding_init,
+                axes=(None, "embed"),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+            )
+
+    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        if not self.num_additional_embeddings:
+            return super().__call__(ids)
+        is_additional = ids >= self.num_embeddings
+        main = super().__call__(jnp.where(is_additional, 0, ids))
+        additional = self.additional_embedding(jnp.where(is_additional, ids - self.num_embeddings, 0))
+        return jnp.where(is_additional[..., None], additional, main)
+
+    def attend(self, states: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
+        """The logits, over W = V + A tokens, of a head that is tied to these tables."""
+        main = super().attend(states)
+        if not self.num_additional_embeddings:
+            return main
+        return jnp.concatenate([main, self.additional_embedding.attend(states)], axis=-1)
+
+
+class DecoupledHead(Dense):
+    """A `Dense` without bias to V logits, with an `additional_fc` for A more, if any."""
+
+    use_bias: bool = False
+    num_additional_features: int = 0
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
+        init = partitioned(self.kernel_init, self.kernel_axes)
+        kernel = self.param("kernel", init, (inputs.shape[-1], self.features), self.param_dtype)
+        states, kernel = promote_dtype(inputs, kernel, dtype=self.dtype)
+        main = matmul(states, kernel)
+        if not self.num_additional_features:
+            return main
+        additional = Dense(
+            self.num_additional_features,
+            use_bias=False,
+            kernel_init=self.kernel_init,
+            kernel_axes=(self.kernel_axes[0], None),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="additional_fc",
+        )
+        return jnp.concatenate([main, additional(inputs)], axis=-1)

@@ -1,0 +1,25 @@
+"""IDEFICS: interleaved images and text to text."""
+
+from flax_vlm.models.idefics.config import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
+from flax_vlm.models.idefics.freezing import trainable
+from flax_vlm.models.idefics.model import (
+    IdeficsCausalLMOutput,
+    IdeficsForVisionText2Text,
+    IdeficsModel,
+    IdeficsOutput,
+    IdeficsPerceiverResampler,
+    IdeficsVisionModel,
+)
+
+__all__ = [
+    "IdeficsCausalLMOutput",
+    "IdeficsConfig",
+    "IdeficsForVisionText2Text",
+    "IdeficsModel",
+    "IdeficsOutput",
+    "IdeficsPerceiverConfig",
+    "IdeficsPerceiverResampler",
+    "IdeficsVisionConfig",
+    "IdeficsVisionModel",
+    "trainable",
+]
