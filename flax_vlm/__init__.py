@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flax_vlm.generation import GenerationConfig
     from flax_vlm.models.altclip import (
         AltCLIPConfig,
         AltCLIPModel,
@@ -21,11 +22,21 @@ if TYPE_CHECKING:
         AltCLIPVisionModel,
         AltRobertaModel,
     )
+    from flax_vlm.models.idefics import (
+        IdeficsConfig,
+        IdeficsForVisionText2Text,
+        IdeficsModel,
+        IdeficsPerceiverConfig,
+        IdeficsPerceiverResampler,
+        IdeficsVisionConfig,
+        IdeficsVisionModel,
+    )
     from flax_vlm.pretrained import VLM, from_pretrained
 
 __version__ = "0.1.0"
 
 _ALTCLIP = "flax_vlm.models.altclip"
+_IDEFICS = "flax_vlm.models.idefics"
 _HOMES = {
     "AltCLIPConfig": _ALTCLIP,
     "AltCLIPModel": _ALTCLIP,
@@ -34,10 +45,18 @@ _HOMES = {
     "AltCLIPVisionConfig": _ALTCLIP,
     "AltCLIPVisionModel": _ALTCLIP,
     "AltRobertaModel": _ALTCLIP,
+    "GenerationConfig": "flax_vlm.generation",
+    "IdeficsConfig": _IDEFICS,
+    "IdeficsForVisionText2Text": _IDEFICS,
+    "IdeficsModel": _IDEFICS,
+    "IdeficsPerceiverConfig": _IDEFICS,
+    "IdeficsPerceiverResampler": _IDEFICS,
+    "IdeficsVisionConfig": _IDEFICS,
+    "IdeficsVisionModel": _IDEFICS,
     "VLM": "flax_vlm.pretrained",
     "from_pretrained": "flax_vlm.pretrained",
 }
-_MODULES = ("checkpoint", "convert", "layers", "models", "parallel", "pretrained", "processing")
+_MODULES = ("checkpoint", "convert", "generation", "layers", "models", "parallel", "pretrained", "processing")
 
 __all__ = [
     "VLM",
@@ -48,6 +67,14 @@ __all__ = [
     "AltCLIPVisionConfig",
     "AltCLIPVisionModel",
     "AltRobertaModel",
+    "GenerationConfig",
+    "IdeficsConfig",
+    "IdeficsForVisionText2Text",
+    "IdeficsModel",
+    "IdeficsPerceiverConfig",
+    "IdeficsPerceiverResampler",
+    "IdeficsVisionConfig",
+    "IdeficsVisionModel",
     "from_pretrained",
 ]
 

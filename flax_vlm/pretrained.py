@@ -1,7 +1,9 @@
 """The front door: `from_pretrained` and what it gives."""
 
+import dataclasses
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +12,13 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from flax_vlm import checkpoint, parallel
+from flax_vlm import checkpoint, generation, parallel
 from flax_vlm.hub import local_folder
 from flax_vlm.layers.param_tree import common_float, flatten_params, unflatten_params
 from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
-from flax_vlm.processing import AltCLIPProcessor
+from flax_vlm.processing import AltCLIPProcessor, IdeficsProcessor
 from flax_vlm.whole_folder import whole_folder
 
 logger = logging.getLogger("flax_vlm")
@@ -30,12 +32,20 @@ class VLM:
       params: a nested dictionary of arrays.
       config: the frozen dataclass that the module was built from.
       processor: turns texts and pictures into inputs; None where the checkpoint brings no files for one.
+      generation_config: what `generate` does unless told otherwise; None for a model that does not generate.
     """
 
-    def __init__(self, model: Any, params: Mapping[str, Any], processor: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        params: Mapping[str, Any],
+        processor: Any = None,
+        generation_config: generation.GenerationConfig | None = None,
+    ) -> None:
         self.model = model
         self.params = params
         self.processor = processor
+        self.generation_config = generation_config
         self._apply = jax.jit(self._traced, static_argnames=("method", "flags"))
 
     @property
@@ -58,6 +68,41 @@ class VLM:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items() if hasattr(array, "shape"))
         logger.info("compiling %s%s for %s", type(self.model).__name__, f".{method}" if method else "", shapes)
         return self.model.apply({"params": params}, **arrays, **dict(flags), rngs=rngs, method=method)
+
+    def generate(
+        self, *, cache: Any = None, stream: bool = False, **inputs_and_options: Any
+    ) -> generation.GenerateOutput | Iterator[str | list[str]]:
+        """Goes on from a prompt: `vlm.generate(**vlm.processor(prompt), max_new_tokens=40)`.
+
+        Args:
+          cache: go on from that of an earlier output; the inputs are then the new tokens.
+          stream: give the text as it comes, an iterator over pieces: strings, or for several prompts lists of them.
+          inputs_and_options: inputs of the model, and options with transformers' names (see
+            `flax_vlm.generation.GenerationConfig`), which go before those of the checkpoint.
+
+        Returns:
+          An output whose `sequences` [B * num_return_sequences, T] hold prompt and answer.
+
+        Raises:
+          ValueError: for a model that does not generate, and for inputs or options that cannot be served.
+        """
+        if self.generation_config is None:
+            raise ValueError(
+                f"{type(self.model).__name__} does not generate text: expected a model with a language head"
+            )
+        names = {field.name for field in dataclasses.fields(self.generation_config)}
+        options = {name: value for name, value in inputs_and_options.items() if name in names}
+        inputs = {name: value for name, value in inputs_and_options.items() if name not in names}
+        config = self.generation_config.updated(**options)
+        tokenizer = None if self.processor is None else self.processor.tokenizer
+        if not stream:
+            return generation.generate(self.model, self.params, inputs, config, tokenizer=tokenizer, cache=cache)
+        if self.processor is None:
+            raise ValueError("stream=True gives text: the checkpoint has no tokenizer. Use flax_vlm.generation.stream")
+        pieces = generation.stream(
+            self.model, self.params, inputs, config, tokenizer=tokenizer, cache=cache, decode_text=self.processor.decode
+        )
+        return (rows[0] if len(rows) == 1 else rows for rows in pieces)
 
     def get_text_features(self, **inputs: Any) -> jax.Array:
         """Texts in the space they share with images, [B, projection_dim], not normalised."""
@@ -137,7 +182,7 @@ def from_pretrained(
     if scan_layers:
         params = stack_params(params)
     model = opened.model.clone(dtype=compute, param_dtype=compute, scan_layers=scan_layers, **model_options)
-    return VLM(model, params, _load_processor(folder))
+    return VLM(model, params, _load_processor(folder, config), _generation_config(folder, model))
 
 
 class _Opened(NamedTuple):
@@ -195,9 +240,30 @@ def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any
     return _Opened(model, abstract, common_float(leaf.dtype for leaf in held.values()), shapes, read)
 
 
-def _load_processor(folder: Path) -> AltCLIPProcessor | None:
+_PROCESSORS = {"altclip": AltCLIPProcessor, "idefics": IdeficsProcessor}  # by the family's name
+
+
+def _load_processor(folder: Path, config: Any) -> Any:
     """None where the folder brings no files for one."""
     try:
-        return AltCLIPProcessor.from_dir(folder)
+        return _PROCESSORS[registry.family(config.model_type).module].from_dir(folder)
     except FileNotFoundError:
         return None
+
+
+def _generation_config(folder: Path, model: Any) -> generation.GenerationConfig | None:
+    """That of the checkpoint, its stop and padding ids at least; None for a model that does not generate."""
+    if not hasattr(model, "token_inputs"):
+        return None
+    file = folder / "generation_config.json"
+    ids = generation.GenerationConfig.from_hf(checkpoint.read_config(folder))
+    if not file.is_file():
+        return ids
+    try:
+        return generation.GenerationConfig.from_hf({**_ids(ids), **json.loads(file.read_text(encoding="utf-8"))})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _ids(config: generation.GenerationConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("eos_token_id", "pad_token_id")}

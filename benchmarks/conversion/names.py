@@ -68,7 +68,10 @@ class Model:
         Raises:
           ValueError: when not even a model of a few layers fits.
         """
-        counts, smallest = [stack.count for stack in self.stacks if stack.prefix], self.nbytes
+        layers = [stack for stack in self.stacks if stack.prefix]
+        # What config.json does not count follows from what it does: whole layers of the one are whole of the other.
+        counts = {stack.count for stack in layers if not stack.entry} or {stack.count for stack in layers}
+        smallest = self.nbytes
         for share in sorted({Fraction(kept, count) for count in counts for kept in range(1, count + 1)}, reverse=True):
             stacks = [stack.cut(share) for stack in self.stacks]
             if not all(stack.count for stack in stacks):

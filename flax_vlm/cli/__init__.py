@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from . import checks, pictures, weights  # noqa: F401, they register their commands
+from . import checks, pictures, talk, weights  # noqa: F401, they register their commands
 from .app import app
 
 _ABOUT = (

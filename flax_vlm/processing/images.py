@@ -1,7 +1,7 @@
 """From any picture to pixel values, with Pillow and numpy alone.
 
-Every step does what transformers' CLIPImageProcessorPil (5.23) does, in the same order and the same float type, so that
-the result is equal bit for bit; only the layout differs, channels last.
+Every step does what transformers' CLIPImageProcessorPil and IdeficsImageProcessorPil (5.23) do, in the same order and
+the same float type, so that the result is equal bit for bit; only the layout differs, channels last.
 
 B images   H height   W width   C channels
 """
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 from PIL import Image, ImageOps
+
+from flax_vlm.processing.tokenizer import read_json
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 Size = Mapping[str, int] | Sequence[int] | int  # a dict as in the configs, [height, width] or one number
@@ -69,14 +71,22 @@ class ImageProcessor:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ImageProcessor":
-        """Reads preprocessor_config.json of any release, or a processor_config.json with an image_processor in it."""
+        """Reads preprocessor_config.json of any release, or a processor_config.json with an image_processor in it.
+
+        IDEFICS writes `image_size`, the edge of a square to which pictures are resized and which is not cropped.
+        """
         config = {key: value for key, value in config.get("image_processor", config).items() if value is not None}
         kind = config.pop("image_processor_type", config.pop("feature_extractor_type", "CLIPImageProcessor"))
-        if kind not in _CLIP_PROCESSORS:
+        if kind not in _CLIP_PROCESSORS | _IDEFICS_PROCESSORS:
             raise ValueError(
-                f"preprocessor_config.json: expected one of {sorted(_CLIP_PROCESSORS)}, got {kind!r}, whose steps and "
-                "defaults may differ. If they are CLIP's, remove image_processor_type."
+                f"preprocessor_config.json: expected one of {sorted(_CLIP_PROCESSORS | _IDEFICS_PROCESSORS)}, got "
+                f"{kind!r}, whose steps and defaults may differ. If they are CLIP's, remove image_processor_type."
             )
+        if kind in _IDEFICS_PROCESSORS:
+            config["size"] = _size(config.pop("image_size", config.get("size", 224)))
+            config.setdefault("do_center_crop", False)
+            if config.get("image_num_channels") == 3:
+                del config["image_num_channels"]
         if config.pop("default_to_square", False) and isinstance(config.get("size"), int):
             config["size"] = {"height": config["size"], "width": config["size"]}
         known = {f.name for f in fields(cls)}
@@ -88,9 +98,14 @@ class ImageProcessor:
             )
         return cls(**{key: value for key, value in config.items() if key in known})
 
-    def to_hf(self) -> dict[str, Any]:
-        """The content of a preprocessor_config.json that transformers 4.x and 5.x read."""
-        return asdict(self) | {"image_processor_type": "CLIPImageProcessor"}
+    def to_hf(self, kind: str = "CLIPImageProcessor") -> dict[str, Any]:
+        """The content of a preprocessor_config.json that transformers 4.x and 5.x read; `kind` is a class of 4.x."""
+        config = asdict(self) | {"image_processor_type": kind}
+        if kind in _IDEFICS_PROCESSORS:
+            size = _size(self.size)
+            if size["height"] == size["width"]:  # 4.x knows squares only, and only by this name
+                config |= {"image_size": size["height"], "image_num_channels": 3}
+        return config
 
     def __call__(self, images: ImageSource | Sequence[ImageSource]) -> Float[np.ndarray, "B H W 3"]:
         """Pixel values of one picture or of several; a uint8 array [B, H, W, C] counts as several."""
@@ -232,7 +247,14 @@ def _three_floats(name: str, value: Sequence[float] | float) -> tuple[float, ...
     return value
 
 
+def read_image_config(folder: Path) -> dict[str, Any]:
+    """The settings of a checkpoint's image processor, from the file of 5.x or that of 4.x; empty where it has none."""
+    own = read_json(folder / "preprocessor_config.json")
+    return read_json(folder / "processor_config.json").get("image_processor", own)
+
+
 _CLIP_PROCESSORS = {"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"}
+_IDEFICS_PROCESSORS = {"IdeficsImageProcessor", "IdeficsImageProcessorFast", "IdeficsImageProcessorPil"}
 _DECORATION = {
     "_valid_processor_keys",
     "data_format",

@@ -7,6 +7,7 @@ B texts   T tokens
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from flax_vlm.processing.sentencepiece import SentencePieceModel, llama_tokenize
 
 # transformers writes about 1e30 for "no limit"; nothing that an int32 position can reach is meant as that.
 _NO_LIMIT = 2**31
-_XLM_ROBERTA_TOKENS = {
+_XLM_ROBERTA = {
     "bos_token": "<s>",
     "eos_token": "</s>",
     "sep_token": "</s>",
@@ -28,11 +29,15 @@ _XLM_ROBERTA_TOKENS = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
-_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "padding_side": "left"}
+# What the files leave out, by how tokenizer_class begins.
+_DEFAULTS = {"XLMRoberta": _XLM_ROBERTA, "Llama": _LLAMA}
 _SENTENCEPIECE_FILES = {
-    "sentencepiece.bpe.model": (xlm_roberta_tokenizer, _XLM_ROBERTA_TOKENS),
-    "tokenizer.model": (llama_tokenizer, _LLAMA_TOKENS),
+    "sentencepiece.bpe.model": (xlm_roberta_tokenizer, _XLM_ROBERTA),
+    "tokenizer.model": (llama_tokenizer, _LLAMA),
 }
+# A piece that stands for one byte of UTF-8, where the vocabulary has no piece for a character.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
@@ -58,8 +63,8 @@ class Tokenizer:
         config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
         if (folder / "tokenizer.json").exists():
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            is_xlm_roberta = str(config.get("tokenizer_class")).startswith("XLMRoberta")
-            defaults = _XLM_ROBERTA_TOKENS if is_xlm_roberta else {}
+            kind = str(config.get("tokenizer_class"))
+            defaults = next((tokens for name, tokens in _DEFAULTS.items() if kind.startswith(name)), {})
         else:
             name = next((name for name in _SENTENCEPIECE_FILES if (folder / name).exists()), None)
             if name is None:
@@ -79,7 +84,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.config | {
+        config = {name: _marked(value) for name, value in self.config.items()} | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
             "padding_side": self.padding_side,
@@ -95,6 +100,7 @@ class Tokenizer:
         texts: str | Sequence[str],
         *,
         padding: bool | str = True,
+        padding_side: str | None = None,
         truncation: bool = False,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
@@ -103,12 +109,14 @@ class Tokenizer:
         """`input_ids` and `attention_mask` of one text or of several.
 
         padding: True or "longest" to the longest text, "max_length" to `max_length`, False for texts of equal length.
+        padding_side: "left" or "right", by default the tokenizer's own.
         truncation: cuts to `max_length`, by default `model_max_length`, and keeps the special tokens around the text.
         pad_to_multiple_of: rounds the width up. jit compiles once for every shape it meets, so a multiple of 32 or 64
             lets texts of many lengths share a few compiled programs.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        _check(texts, padding, truncation, max_length)
+        padding_side = padding_side or self.padding_side
+        _check(texts, padding, padding_side, truncation, max_length)
         max_length = self.model_max_length if max_length is None else max_length
         if max_length is None and (truncation or padding == "max_length"):
             raise ValueError(
@@ -123,7 +131,7 @@ class Tokenizer:
             width = max_length
         if pad_to_multiple_of and padding:
             width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
-        return self._pad(rows, lengths, width, padding)
+        return self._pad(rows, lengths, width, padding, padding_side)
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of one row of ids (a list, an array, one id), without transformers' clean-up of spaces."""
@@ -134,6 +142,21 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def additional_special_tokens(self) -> list[str]:
+        """Special tokens besides bos_token and its like; transformers 5.x calls them extra_special_tokens."""
+        listed = self.config.get("additional_special_tokens") or self.config.get("extra_special_tokens") or []
+        return [_content(token) for token in (listed.values() if isinstance(listed, Mapping) else listed)]
+
+    def special_token(self, name: str) -> str:
+        """The text of a special token by its name in tokenizer_config.json, such as "bos_token"."""
+        if self._special_id(name) is None:
+            raise ValueError(
+                f"{name}: expected a token of the vocabulary, got {self.config.get(name)!r}. Set it in "
+                "tokenizer_config.json."
+            )
+        return _content(self.config[name])
 
     @property
     def pad_token_id(self) -> int | None:
@@ -168,7 +191,7 @@ class Tokenizer:
         return [self.backend.post_process(encoding).ids for encoding in encodings]
 
     def _pad(
-        self, rows: list[list[int]], lengths: list[int], width: int, padding: bool | str
+        self, rows: list[list[int]], lengths: list[int], width: int, padding: bool | str, padding_side: str
     ) -> dict[str, Int32[np.ndarray, "B T"]]:
         if any(length < width for length in lengths):
             if not padding:
@@ -183,13 +206,52 @@ class Tokenizer:
         input_ids = np.full((len(rows), width), self.pad_token_id or 0, np.int32)
         attention_mask = np.zeros_like(input_ids)
         for i, row in enumerate(rows):
-            place = slice(width - len(row), width) if self.padding_side == "left" else slice(0, len(row))
+            place = slice(width - len(row), width) if padding_side == "left" else slice(0, len(row))
             input_ids[i, place] = row
             attention_mask[i, place] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def _check(texts: Any, padding: bool | str, truncation: bool, max_length: int | None) -> None:
+class TextStream:
+    """The text of ids that come one by one: `put` gives what no later id can change any more, `end` the rest.
+
+    All that is given, joined, is `tokenizer.decode` of all the ids; no character comes in halves. A run of byte pieces
+    is held back until it ends, as one wrong byte turns all of its characters into U+FFFD. (`DecodeStream` of the
+    `tokenizers` library gives them earlier, and then raises, or goes on with other text than decode has.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        added = tokenizer.backend.get_added_tokens_decoder() if skip_special_tokens else {}
+        self._skipped = {index for index, token in added.items() if token.special}
+        # The ids that gave text last: without them the next would be decoded as a text's start, which loses its space.
+        self._before: list[int] = []
+        self._held: list[int] = []
+
+    def put(self, token_id: int) -> str:
+        token_id = int(token_id)
+        piece = self._tokenizer.backend.id_to_token(token_id)
+        if piece is None or token_id in self._skipped:  # decode passes over these
+            return ""
+        self._held.append(token_id)
+        text = "" if _BYTE.fullmatch(piece) else self._held_text()
+        if not text or text.endswith("\ufffd"):  # maybe the first bytes of a character
+            return ""
+        self._before, self._held = self._held, []
+        return text
+
+    def end(self) -> str:
+        """What was held back; the next `put` then starts a new text."""
+        text = self._held_text()
+        self._before, self._held = [], []
+        return text
+
+    def _held_text(self) -> str:
+        decode = self._tokenizer.decode
+        return decode(self._before + self._held)[len(decode(self._before)) :]
+
+
+def _check(texts: Any, padding: bool | str, padding_side: str, truncation: bool, max_length: int | None) -> None:
     is_list = isinstance(texts, list | tuple)
     if not is_list or not all(isinstance(text, str) for text in texts):
         came = f"a list of {sorted({type(text).__name__ for text in texts})}" if is_list else type(texts).__name__
@@ -198,6 +260,8 @@ def _check(texts: Any, padding: bool | str, truncation: bool, max_length: int | 
         raise ValueError("text: expected one str or more, got an empty list. For pictures alone leave text out.")
     if padding not in (True, False, "longest", "max_length"):
         raise ValueError(f'padding: expected True, False, "longest" or "max_length", got {padding!r}. Choose one.')
+    if padding_side not in ("left", "right"):
+        raise ValueError(f'padding_side: expected "left" or "right", got {padding_side!r}. Choose one.')
     if truncation not in (True, False):
         raise ValueError(f"truncation: expected True or False, got {truncation!r}. Choose one.")
     if max_length is not None and not truncation and padding != "max_length":
@@ -228,6 +292,13 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]
 
 def _content(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
+
+
+def _marked(value: Any) -> Any:
+    """Tokens with options as tokenizer_config.json has them; in special_tokens_map.json they lack the mark."""
+    if isinstance(value, list):
+        return [_marked(item) for item in value]
+    return {"__type": "AddedToken", **value} if isinstance(value, Mapping) and "content" in value else value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,336 @@
+"""What IDEFICS takes in: prompts that mix texts and pictures (transformers IdeficsProcessor; arXiv:2306.16527).
+
+B prompts   T tokens   I pictures of the prompt that has most   H height   W width
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, Int32, Shaped
+from PIL import Image
+
+from flax_vlm.processing.images import ImageProcessor, load_image, read_image_config
+from flax_vlm.processing.tokenizer import Tokenizer
+
+FAKE, IMAGE = "<fake_token_around_image>", "<image>"
+END_OF_UTTERANCE = "<end_of_utterance>"
+
+Picture = Path | bytes | Image.Image | np.ndarray
+Message = Mapping[str, Any]
+Prompt = str | Sequence[str | Picture] | Sequence[Message]
+
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://[^\s/?#]\S*")
+
+
+@dataclass(frozen=True)
+class IdeficsProcessor:
+    """Prompts to the arrays that IdeficsModel takes, on the host, in numpy.
+
+    A prompt is a list of texts and pictures in the order of reading, or a chat:
+
+        ["User: Who is this?", Path("dog.png"), "<end_of_utterance>\\nAssistant:"]
+        [{"role": "user", "content": [{"type": "text", "text": "Who is this?"}, {"type": "image", "image": "dog.png"}]}]
+
+    A picture is a PIL image, a uint8 array [H, W, 3], the bytes of a picture file or its `pathlib.Path`; a string is a
+    path only where no text can stand. Texts lose the spaces around them, and keep line breaks.
+    """
+
+    image_processor: ImageProcessor
+    tokenizer: Tokenizer
+
+    @classmethod
+    def from_dir(cls, folder: str | Path) -> "IdeficsProcessor":
+        """Reads a checkpoint folder of transformers 4.x or 5.x, or one that `save` wrote.
+
+        Raises:
+          FileNotFoundError: for a folder without the files of the tokenizer or of the image processor.
+        """
+        folder = Path(folder)
+        image_config = read_image_config(folder)
+        if not image_config:
+            raise FileNotFoundError(
+                f"{folder}: expected preprocessor_config.json, which says what becomes of pictures, found none. "
+                "Copy it there from the original checkpoint."
+            )
+        image_processor = ImageProcessor.from_hf({"image_processor_type": "IdeficsImageProcessor"} | image_config)
+        return cls(image_processor, Tokenizer.from_dir(folder))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the files that `from_dir` and transformers' IdeficsProcessor read."""
+        self.tokenizer.save(folder)
+        config = self.image_processor.to_hf("IdeficsImageProcessor") | {"processor_class": "IdeficsProcessor"}
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (Path(folder) / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def __call__(
+        self,
+        text: Prompt | Sequence[Prompt],
+        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
+        *,
+        padding: bool | str = True,
+        padding_side: str | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        add_eos_token: bool = False,
+        add_end_of_utterance_token: bool | None = None,
+        add_generation_prompt: bool = False,
+        transform: Callable[[Image.Image], Any] | None = None,
+        dummy_image: bool = False,
+    ) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """`input_ids` and `attention_mask` [B, T], `pixel_values` [B, I, H, W, 3], `image_attention_mask` [B, T, I].
+
+        A prompt of fewer than I pictures is filled up with zeros, which no token attends. Where no prompt has a
+        picture the last two are left out: the model needs no stand-in.
+
+        Args:
+          text: one prompt or a list of prompts. A list of strings is one prompt of several texts.
+          images: as in transformers, where `text` is one string a prompt: one picture each, which precedes it, or a
+            list of pictures each, which follow it.
+          padding, padding_side, truncation, max_length, pad_to_multiple_of: as in `Tokenizer`. LLaMA's side is the
+            left unless its files say otherwise. Where tokens are cut off, their pictures go too.
+          add_eos_token: ends each prompt with `</s>`, for training.
+          add_end_of_utterance_token: puts `<end_of_utterance>` between two texts of a list that follow each other; by
+            default where the tokenizer lists it as special, which those of the instruct models do.
+          add_generation_prompt: ends a chat with "\\nAssistant:", for the model to go on.
+          transform: from an RGB picture to an array [H, W, 3], instead of the image processor; for training.
+          dummy_image: one picture of zeros where no prompt has any, as the reference does.
+        """
+        prompts = _as_batch(text) if images is None else _paired(text, images)
+        if add_end_of_utterance_token is None:
+            add_end_of_utterance_token = END_OF_UTTERANCE in self.tokenizer.additional_special_tokens
+        texts, pictures = [], []
+        for number, prompt in enumerate(prompts):
+            with _naming(number):
+                items = _read(prompt, add_end_of_utterance_token, add_generation_prompt)
+                texts.append(self._with_tokens(items, add_eos_token))
+                pictures.append([item for item in items if not isinstance(item, str)])
+        out: dict[str, np.ndarray] = self.tokenizer(
+            texts,
+            padding=padding,
+            padding_side=padding_side,
+            truncation=truncation,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            add_special_tokens=False,
+        )
+        most = max(int(dummy_image), *map(len, pictures))
+        if most:
+            ids, image_id = out["input_ids"], self.tokenizer.backend.token_to_id(IMAGE)
+            if truncation:
+                kept = (ids == image_id).sum(-1)
+                from_end = self.tokenizer.truncation_side == "left"
+                pictures = [row[len(row) - n :] if from_end else row[:n] for row, n in zip(pictures, kept, strict=True)]
+            out["pixel_values"] = self._pixels(pictures, most, transform)
+            out["image_attention_mask"] = image_attention_mask(ids, image_id, self.tokenizer.eos_token_id, most)
+        return out
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        """The text of one row of ids. For ids that come one by one there is `flax_vlm.processing.TextStream`."""
+        return self.tokenizer.decode(ids, skip_special_tokens)
+
+    def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
+        return self.tokenizer.batch_decode(rows, skip_special_tokens)
+
+    def _with_tokens(self, items: list[str | Picture], add_eos_token: bool) -> str:
+        """The prompt as one text; pictures that follow each other share the token between them."""
+        text, before = self.tokenizer.special_token("bos_token"), ""
+        for item in items:
+            if not isinstance(item, str):
+                text += (FAKE if isinstance(before, str) else "") + IMAGE + FAKE
+            elif IMAGE in item:
+                raise ValueError(
+                    f"expected pictures as items of the prompt, got {IMAGE} in a text, {shortened(item)}. Put the "
+                    "picture itself there."
+                )
+            else:
+                text += item.strip(" ")
+            before = item
+        unknown = [
+            t for t in (FAKE, IMAGE, END_OF_UTTERANCE) if t in text and self.tokenizer.backend.token_to_id(t) is None
+        ]
+        if unknown:
+            raise ValueError(
+                f"tokenizer: expected the tokens {unknown}, which this prompt needs, got a vocabulary without them. "
+                "Copy added_tokens.json or tokenizer.json from the original checkpoint; chats need an instruct model."
+            )
+        return text + (self.tokenizer.special_token("eos_token") if add_eos_token else "")
+
+    def _pixels(
+        self, pictures: list[list[Picture]], most: int, transform: Callable[[Image.Image], Any] | None
+    ) -> Float[np.ndarray, "B I H W 3"]:
+        rows = []
+        for number, row in enumerate(pictures):
+            with _naming(number):
+                rows.append([self._process(picture, transform) for picture in row])
+        shapes = {pixels.shape for row in rows for pixels in row}
+        shapes = shapes or {self.image_processor(np.zeros((1, 1, 3), np.uint8)).shape[1:]}
+        if len(shapes) > 1:
+            raise ValueError(f"expected pictures of one size, got {sorted(shapes)}. Resize them in transform.")
+        out = np.zeros((len(rows), most, *shapes.pop()), np.float32)
+        for i, row in enumerate(rows):
+            for j, pixels in enumerate(row):
+                out[i, j] = pixels
+        return out
+
+    def _process(self, picture: Picture, transform: Callable[[Image.Image], Any] | None) -> Float[np.ndarray, "H W 3"]:
+        if transform is None:
+            return self.image_processor([picture])[0]
+        pixels = np.asarray(transform(load_image(picture)), np.float32)
+        if pixels.ndim != 3 or pixels.shape[-1] != 3:
+            raise ValueError(
+                f"transform: expected an array [height, width, 3], channels last, got {pixels.shape}. After "
+                "torchvision's ToTensor add lambda x: x.permute(1, 2, 0)."
+            )
+        return pixels
+
+
+def image_attention_mask(
+    input_ids: Int[np.ndarray, "B T"], image_token_id: int | None, eos_token_id: int | None, number_of_images: int
+) -> Int32[np.ndarray, "B T I"]:
+    """1 where a token attends an image: that of the latest `<image>`, until an `</s>` ends the text.
+
+    <s> a  <fake> <image> <fake> <image> <fake> b  </s> c  <image>
+    -   -  -      0       0      1       1      1  1    -  2
+    """
+    positions = np.arange(input_ids.shape[1])
+    is_image = input_ids == image_token_id
+    behind_end = np.pad(input_ids == eos_token_id, ((0, 0), (1, 0)))[:, :-1]
+    last_image, last_end = (np.maximum.accumulate(np.where(at, positions, -1), -1) for at in (is_image, behind_end))
+    latest = np.where(last_end > last_image, -1, np.cumsum(is_image, -1) - 1)
+    return (latest[..., None] == np.arange(number_of_images)).astype(np.int32)
+
+
+def _as_batch(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, list | tuple):
+        raise TypeError(
+            f"text: expected a str, a prompt or a list of prompts, got {type(prompts).__name__}. Wrap it in []."
+        )
+    are_lists = {isinstance(prompt, list | tuple) for prompt in prompts}
+    if len(are_lists) != 1:
+        came = "lists beside other things" if are_lists else "an empty list"
+        raise ValueError(f"text: expected one prompt, or a list of lists, got {came}. Make each prompt a list.")
+    return list(prompts) if True in are_lists else [prompts]
+
+
+def _paired(texts: Any, images: Any) -> list[Prompt]:
+    texts = [texts] if isinstance(texts, str) else texts
+    images = images if isinstance(images, list | tuple) else [images]
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("text: expected a str for each of images, got other things. Put pictures in text or in images.")
+    if len(texts) != len(images) or not texts:
+        raise ValueError(
+            f"images: expected one for each text, got {len(images)} for {len(texts)}. For several pictures a text pass "
+            "a list of lists."
+        )
+    return [
+        [text, *map(_picture, image)] if isinstance(image, list | tuple) else [_picture(image), text]
+        for text, image in zip(texts, images, strict=True)
+    ]
+
+
+def _read(prompt: Any, add_end_of_utterance: bool, add_generation_prompt: bool) -> list[str | Picture]:
+    """Texts and pictures of a prompt of any kind, `<end_of_utterance>` among them."""
+    items = [prompt] if isinstance(prompt, str) else prompt
+    if any(isinstance(item, Mapping) for item in items):
+        return _read_chat(items, add_generation_prompt)
+    if add_generation_prompt:
+        raise ValueError('add_generation_prompt: expected a chat, got a list. End it with "\\nAssistant:" yourself.')
+    out: list[str | Picture] = []
+    for item in items:
+        if isinstance(item, str):
+            _refuse_address(item)
+            if add_end_of_utterance and out and isinstance(out[-1], str):
+                out.append(END_OF_UTTERANCE)
+        elif not isinstance(item, Picture):
+            raise TypeError(
+                f"expected texts and pictures (PIL, a uint8 array, bytes, a Path), got {type(item).__name__}. For a "
+                "tensor pass np.asarray(x), uint8 and channels last."
+            )
+        out.append(item)
+    return out
+
+
+def _read_chat(messages: Sequence[Any], add_generation_prompt: bool) -> list[str | Picture]:
+    """The layout that the instruct models were tuned on, as their model card and demo write it:
+
+        A text of the system, if there is one.
+        User:<picture>What is this?<end_of_utterance>
+        Assistant: A dog.<end_of_utterance>
+        User: Which one?<end_of_utterance>
+        Assistant:
+
+    A space follows the colon where a text does. Texts of a message that follow each other are joined as they are.
+    """
+    out: list[str | Picture] = []
+    for message in messages:
+        match message:
+            case {"role": "system", "content": content} if not out:
+                out += _runs(content)
+                continue
+            case {"role": "user" | "assistant" as role, "content": content}:
+                runs = _runs(content)
+            case _:
+                raise ValueError(
+                    'chat: expected messages {"role": "user" or "assistant", "content": ...}, before them perhaps one '
+                    f'of "system", got {shortened(message)}. Correct it.'
+                )
+        speaker = ("\n" if out else "") + role.capitalize() + ":"
+        match runs:
+            case [str(first), *runs]:
+                speaker += " " + first
+        out += [speaker, *runs, END_OF_UTTERANCE]
+    return [*out, "\nAssistant:"] if add_generation_prompt else out
+
+
+def _runs(content: Any) -> list[str | Picture]:
+    """The parts of a message's content, texts that follow each other as one."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    runs: list[str | Picture] = []
+    for part in parts:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                last = runs[-1] if runs else None
+                runs = [*runs[:-1], last + text] if isinstance(last, str) else [*runs, text]
+            case {"type": "image", "image": image} | {"type": "image", "path": image} | {"type": "image", "url": image}:
+                runs.append(_picture(image))
+            case _:
+                raise ValueError(
+                    'chat: expected a str or a list of {"type": "text", "text": ...} and {"type": "image", "image": '
+                    f"...}} as content, got {shortened(part)}. Correct it."
+                )
+    return [run.strip(" ") if isinstance(run, str) else run for run in runs]
+
+
+def _picture(source: Any) -> Picture:
+    """Where nothing but a picture can stand, a str is its path."""
+    if isinstance(source, str):
+        _refuse_address(source)
+        return Path(source)
+    return source
+
+
+def _refuse_address(text: str) -> None:
+    """The reference would download what it finds there."""
+    if _ADDRESS.fullmatch(text.strip()):
+        raise ValueError(
+            f"expected a text or a picture, got the address {text.strip()}. Download it and pass its Path."
+        )
+
+
+@contextmanager
+def _naming(number: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        error.add_note(f"This is about prompt {number}, counted from 0.")
+        raise
