@@ -62,12 +62,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def _require_shallow(data: Any) -> None:
+def _require_shallow(data: dict[str, Any]) -> None:
     """Raises ValueError for JSON in which what follows (writing, comparing) could run out of stack."""
-    level = [data]
+    level: list[Any] = [data]
     for _ in range(MAX_NESTING):
-        inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
-        level = [value for values in inside for value in values]
+        inside = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [value for values in inside for value in values if isinstance(value, dict | list)]
     if level:
         raise ValueError(f"more than {MAX_NESTING} brackets inside each other")
 

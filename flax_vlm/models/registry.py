@@ -3,9 +3,12 @@
 import importlib
 from collections.abc import Iterable, Mapping
 from functools import cache
+from reprlib import repr as shortened
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+
+from flax_vlm.models.config import layers_of
 
 
 class Family(NamedTuple):
@@ -20,8 +23,14 @@ _FAMILIES = {
     "altclip": Family("altclip", "AltCLIPConfig", ("AltCLIPModel",)),
     "altclip_text_model": Family("altclip", "AltCLIPTextConfig", ("AltCLIPTextModel", "AltRobertaModel")),
     "altclip_vision_model": Family("altclip", "AltCLIPVisionConfig", ("AltCLIPVisionModel",)),
+    "idefics": Family(
+        "idefics", "IdeficsConfig", ("IdeficsForVisionText2Text", "IdeficsModel", "IdeficsPerceiverResampler")
+    ),
+    "idefics_vision": Family("idefics", "IdeficsVisionConfig", ("IdeficsVisionModel",)),
 }
 
+# Layers that are built, in seconds, even where the checkpoint cannot fill them: each parameter can then be named.
+_ALWAYS_BUILT = 200
 
 # Where the parameters of one model stand inside those of another.
 _PARTS = {
@@ -31,7 +40,31 @@ _PARTS = {
         "AltRobertaModel": "text_model/roberta/",
     },
     "AltCLIPTextModel": {"AltRobertaModel": "roberta/"},
+    "IdeficsForVisionText2Text": {
+        "IdeficsModel": "model/",
+        "IdeficsVisionModel": "model/vision_model/",
+        "IdeficsPerceiverResampler": "model/perceiver_resampler/",
+    },
+    "IdeficsModel": {
+        "IdeficsVisionModel": "vision_model/",
+        "IdeficsPerceiverResampler": "perceiver_resampler/",
+    },
 }
+
+
+_TOWERS = {
+    "AltCLIPModel": {"text": "AltCLIPTextModel", "vision": "AltCLIPVisionModel"},
+    "IdeficsForVisionText2Text": {"vision": "IdeficsVisionModel"},
+    "IdeficsModel": {"vision": "IdeficsVisionModel"},
+}
+
+
+def tower(whole: type[nn.Module], name: str) -> type[nn.Module]:
+    """The class of the "text" or "vision" tower of `whole`; ValueError where it has none."""
+    towers = _TOWERS.get(whole.__name__, {})
+    if name not in towers:
+        raise ValueError(f"{whole.__name__} has no {name} tower: expected one of {', '.join(towers) or 'none'}")
+    return getattr(importlib.import_module(whole.__module__.rpartition(".")[0]), towers[name])
 
 
 def family(model_type: Any) -> Family:
@@ -40,8 +73,8 @@ def family(model_type: Any) -> Family:
     Raises:
       ValueError: for one that is not known.
     """
-    if model_type not in _FAMILIES:
-        raise ValueError(f"config.json: model_type is {model_type!r}: expected one of {', '.join(_FAMILIES)}")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        raise ValueError(f"config.json: model_type is {shortened(model_type)}: expected one of {', '.join(_FAMILIES)}")
     return _FAMILIES[model_type]
 
 
@@ -54,6 +87,8 @@ def read_config(data: Mapping[str, Any]) -> Any:
 def model_class(config: Any, architectures: Any = ()) -> type[nn.Module]:
     """The model class for a config: the first of `architectures` (as in config.json) that belongs to its family."""
     entry = family(config.model_type)
+    if architectures is not None and not isinstance(architectures, list | tuple):
+        raise ValueError(f"config.json: architectures is {shortened(architectures)}: expected a list of names")
     named = [name for name in architectures or () if name in entry.architectures]
     return getattr(_module(entry), (named or entry.architectures)[0])
 
@@ -72,9 +107,19 @@ def config_for(model: type[nn.Module], config: Any) -> Any:
 
 
 def build(model: type[nn.Module], config: Any, paths: Iterable[str]) -> nn.Module:
-    """The module for `config` whose parameters stand at `paths`: they say what the config does not (a pooler, say)."""
+    """The module for `config` whose parameters stand at `paths`: they say what the config does not (a pooler, say).
+
+    Raises:
+      ValueError: for many more layers than there are parameters, before minutes are spent on building them.
+    """
+    paths = set(paths)
+    if layers_of(config) > max(len(paths), _ALWAYS_BUILT):
+        raise ValueError(
+            f"config.json asks for {layers_of(config)} layers, the checkpoint holds {len(paths)} parameters in all. "
+            "Is it the file that came with the weights?"
+        )
     options = getattr(model, "options_from_params", None)
-    return model(config, **(options(set(paths)) if options else {}))
+    return model(config, **(options(paths) if options else {}))
 
 
 def wholes_of(part: str) -> dict[str, str]:

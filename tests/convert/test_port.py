@@ -68,7 +68,9 @@ def test_there_and_back_is_exact(dtype: Any, tmp_path: Path) -> None:
 def test_cast_on_the_way(tmp_path: Path) -> None:
     state = write_hf(tmp_path / "hf")
     convert.to_flax(tmp_path / "hf", tmp_path / "native", dtype="bfloat16")
-    assert {leaf.dtype for leaf in checkpoint.open_params(tmp_path / "native").tensors.values()} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in checkpoint.open_params(tmp_path / "native").tensors.values()} == {
+        jnp.dtype("bfloat16")
+    }
     assert checkpoint.read_config(tmp_path / "native")["torch_dtype"] == "bfloat16"
     convert.to_torch(tmp_path / "native", tmp_path / "back", dtype=np.float32)
     rounded = {name: array.astype(ml_dtypes.bfloat16).astype(np.float32) for name, array in state.items()}

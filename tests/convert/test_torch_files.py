@@ -1,23 +1,20 @@
-"""Every layout of a PyTorch checkpoint reads alike, what is written reads anywhere, and broken files are named."""
+"""Every layout of a PyTorch checkpoint reads alike, and what is written reads anywhere."""
 
 import itertools
 import json
 import os
-import sys
-import weakref
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from flax_vlm.convert.errors import ConversionError
-from flax_vlm.convert.torch_files import InMemory, TensorInfo, TorchFiles
-from flax_vlm.convert.torch_writer import write_torch
+from flax_vlm.convert.torch_files import TorchFiles
+from tests.convert.written import write_torch
 
 STATE = {
     "scale": np.array(2.6592, np.float32),
@@ -37,8 +34,7 @@ def equal(ours: np.ndarray, theirs: np.ndarray) -> bool:
 
 
 def write(folder: Path, state: Mapping[str, np.ndarray], max_shard_size: int | str = "5GB") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_torch(folder, state.items(), InMemory(state).tensors, max_shard_size)
+    write_torch(folder, state, max_shard_size)
     return folder
 
 
@@ -111,6 +107,77 @@ def test_shards_may_be_links_to_elsewhere(tmp_path: Path):
     assert TorchFiles.open(snapshot).tensors.keys() == STATE.keys()
 
 
+def test_files_are_the_weights_and_their_index(tmp_path: Path):
+    assert [file.name for file in TorchFiles.open(write(tmp_path / "one", STATE)).files] == ["model.safetensors"]
+    files = TorchFiles.open(write(tmp_path / "many", STATE, 100)).files
+    assert sorted(files) == sorted((tmp_path / "many").iterdir())
+    assert files[-1].name == "model.safetensors.index.json"
+
+
+def test_an_index_of_the_one_file_beside_it(tmp_path: Path):
+    weight_map = dict.fromkeys(STATE, "model.safetensors")
+    (write(tmp_path, STATE) / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert len(TorchFiles.open(tmp_path).files) == 2
+
+
+def test_whole_tensors_and_rows_are_read_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = TorchFiles.open(write(tmp_path, STATE))
+    read, counts = os.preadv, []
+
+    def in_pieces(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        counts.append(read(descriptor, [buffers[0][:7]], offset))  # as the system does with what is over 2 GB
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", in_pieces)
+    kernel = files.read("kernel")
+    assert equal(kernel, STATE["kernel"])
+    assert kernel.base is None
+    assert sum(counts) == kernel.nbytes
+    assert equal(files.read("kernel", (slice(1, 4), slice(None))), STATE["kernel"][1:4])
+    assert sum(counts) == kernel.nbytes + STATE["kernel"][1:4].nbytes
+    assert equal(files.read("kernel", (slice(None), slice(1, 2))), STATE["kernel"][:, 1:2])
+    assert sum(counts) == kernel.nbytes + STATE["kernel"][1:4].nbytes  # that one the library copied
+
+
+def test_threads_read(tmp_path: Path):
+    state = {f"w{i}": np.random.default_rng(i).standard_normal((40, 25)) for i in range(30)}
+    files = TorchFiles.open(write(tmp_path, state, 50_000))
+    with ThreadPoolExecutor(8) as pool:
+        parts = [(name, (rows, slice(None))) for name in state for rows in (slice(0, 13), slice(13, 40))] * 5
+        for (name, index), array in zip(parts, pool.map(lambda part: files.read(*part), parts), strict=True):
+            assert equal(array, state[name][index])
+
+
+def test_threads_load_a_pickle_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch = pytest.importorskip("torch")
+    files = TorchFiles.open(write_bin(tmp_path, STATE, 3))
+    load, loaded = torch.load, []
+
+    def slowly(path: Path, **options: object) -> object:
+        loaded.append(path.name)
+        time.sleep(0.05)
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", slowly)
+    first = [name for name, info in files.tensors.items() if info.file == files.files[0]]
+    with ThreadPoolExecutor(8) as pool:
+        for name, array in zip(first * 4, pool.map(files.read, first * 4), strict=True):
+            assert equal(array, STATE[name])
+    assert loaded == ["pytorch_model-00001-of-00003.bin"]  # opening the others had put it out of the cache
+
+
+def test_bin_tensors_that_share_memory_or_train(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    base = torch.arange(12.0).reshape(3, 4)
+    torch.save({"a": base, "b": base.T, "c": torch.nn.Parameter(base[1:])}, tmp_path / "pytorch_model.bin")
+    files = TorchFiles.open(tmp_path)
+    for name, expected in (("a", base), ("b", base.T), ("c", base[1:])):
+        assert equal(files.read(name), expected.numpy())
+    assert equal(files.read("b", (slice(1, 3), slice(0, 2))), base.T[1:3, :2].numpy())
+    torch.save({"minus": torch._neg_view(base)}, tmp_path / "pytorch_model.bin")
+    assert equal(TorchFiles.open(tmp_path).read("minus"), -base.numpy())
+
+
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
@@ -146,214 +213,3 @@ def test_torch_reads_what_is_written(tmp_path: Path):
                 torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8)),
                 tensor.reshape(-1).view(torch.uint8),
             )
-
-
-arrays = st.builds(
-    lambda shape, dtype, seed: np.random.default_rng(seed).integers(0, 99, shape).astype(dtype).T,
-    st.lists(st.integers(0, 5), max_size=3),
-    st.sampled_from([np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.int64, np.uint8]),
-    st.integers(0, 9),
-)
-
-
-@given(
-    state=st.dictionaries(st.text('abc.é"\\ ', min_size=1), arrays, min_size=1, max_size=8),
-    size=st.integers(1, 400),
-    data=st.data(),
-)
-def test_what_is_written_is_read(state, size: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    order = data.draw(st.permutations(list(state)))
-    write_torch(folder, ((name, state[name]) for name in order), InMemory(state).tensors, size)
-    files = TorchFiles.open(folder)
-    assert files.tensors.keys() == state.keys()
-    assert all(equal(files.read(name), array) for name, array in state.items())
-    assert all(equal(load_file(info.file)[name], state[name]) for name, info in files.tensors.items() if info.file)
-    shards = sorted(folder.glob("*.safetensors"))
-    sizes = [[state[name].nbytes for name in load_file(shard)] for shard in shards]
-    assert all(sum(each) <= size or len(each) == 1 for each in sizes)
-    if len(shards) > 1:
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        assert list(index["weight_map"]) == list(state)
-        assert index["metadata"] == {"total_size": sum(array.nbytes for array in state.values())}
-    else:
-        assert [file.name for file in folder.iterdir()] == ["model.safetensors"]
-
-
-def test_one_tensor_is_held_at_a_time(tmp_path: Path):
-    alive: list[weakref.ref] = []
-
-    def new() -> np.ndarray:
-        array = np.ones(3)
-        alive.append(weakref.ref(array))
-        return array
-
-    def tensors():
-        for name in "abc":
-            assert all(ref() is None for ref in alive)
-            yield name, new()
-
-    write_torch(tmp_path, tensors(), dict.fromkeys("abc", TensorInfo((3,), np.dtype(float))))
-    assert len(alive) == 3
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ([("a", np.ones(3)), ("a", np.ones(3))], "a: expected each tensor of the plan once"),
-        ([("b", np.ones(3))], "b: expected each tensor of the plan once"),
-        ([("a", np.ones(4))], r"a: float64 \(3,\) was planned, float64 \(4,\) came"),
-        ([("a", np.ones(3, np.float32))], r"a: float64 \(3,\) was planned, float32 \(3,\) came"),
-        ([], "these never came: a"),
-    ],
-)
-def test_what_is_written_is_what_was_planned(tensors, message: str, tmp_path: Path):
-    with pytest.raises(ConversionError, match=message):
-        write_torch(tmp_path, tensors, {"a": TensorInfo((3,), np.dtype(float))})
-
-
-def test_a_dtype_that_torch_does_not_read_is_refused(tmp_path: Path):
-    with pytest.raises(ConversionError, match=r"w: expected one of .* came int4"):
-        write(tmp_path, {"w": np.zeros(2, ml_dtypes.int4)})
-
-
-# -------------------------------------------------------------------------------------------------------- broken files
-
-
-def refused(path: Path) -> str:
-    with pytest.raises(ConversionError) as raised:
-        TorchFiles.open(path)
-    return str(raised.value)
-
-
-def test_a_folder_without_weights(tmp_path: Path):
-    assert "came an empty folder" in refused(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    assert "model.safetensors" in refused(tmp_path)
-    assert "came config.json" in refused(tmp_path)
-    assert "No such file" in refused(tmp_path / "nowhere")
-    (tmp_path / "weights.msgpack").write_bytes(b"x")
-    assert "expected a file of weights (.safetensors, .bin" in refused(tmp_path / "weights.msgpack")
-
-
-@pytest.mark.skipif(sys.platform == "win32" or os.getuid() == 0, reason="root reads everything")
-def test_an_unreadable_folder(tmp_path: Path):
-    file = write(tmp_path, STATE) / "model.safetensors"
-    file.chmod(0)
-    assert "Permission denied" in refused(tmp_path)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 60, -1])
-def test_truncated_safetensors(keep: int, tmp_path: Path):
-    file = write(tmp_path, STATE) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    assert "model.safetensors: expected a safetensors file, came: " in refused(tmp_path)
-    assert "Download it again." in refused(tmp_path)
-
-
-def test_foreign_safetensors(tmp_path: Path):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
-    assert "git lfs pull" in refused(tmp_path)
-    save_file({"w": np.zeros(3, ml_dtypes.float8_e4m3fn)}, file)
-    assert "w is F8_E4M3; one of F64" in refused(tmp_path)
-
-
-def index_of(folder: Path, weight_map: object) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 99999])
-def test_an_index_that_is_none(text: str, tmp_path: Path):
-    (tmp_path / "model.safetensors.index.json").write_text(text)
-    assert 'expected JSON with "weight_map"' in refused(tmp_path)
-
-
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors"])
-def test_an_index_that_points_outside_its_folder(shard: str, tmp_path: Path):
-    write(tmp_path, STATE)
-    (tmp_path / "model.safetensors").rename(tmp_path / "secret.safetensors")
-    message = refused(index_of(tmp_path / "checkpoint", {"scale": shard}))
-    assert "outside the folder" in message
-    assert shard in message
-
-
-@pytest.mark.parametrize("shard", ["", "..", "gone.safetensors", "a\0b"])
-def test_an_index_whose_shard_is_missing(shard: str, tmp_path: Path):
-    assert "shards that are not there" in refused(index_of(tmp_path, {"scale": shard}))
-
-
-def test_an_index_and_shards_that_differ(tmp_path: Path):
-    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    save_file({"a": np.ones(1), "b": np.ones(1)}, one)
-    save_file({"b": np.ones(1), "c": np.ones(1)}, two)
-    message = refused(index_of(tmp_path, {"a": one.name, "b": two.name, "d": two.name}))
-    assert "two shards hold (expected: one); which one is stale?:\n  two.safetensors: b" in message
-    assert "their shard lacks; are both of one save?:\n  two.safetensors: d" in message
-
-
-def test_a_tensor_that_the_index_forgot_is_not_lost(tmp_path: Path):
-    save_file({"a": np.ones(1), "b": np.ones(1)}, tmp_path / "one.safetensors")
-    assert TorchFiles.open(index_of(tmp_path, {"a": "one.safetensors"})).tensors.keys() == {"a", "b"}
-
-
-class Payload:
-    """What a hostile checkpoint holds: unpickling it calls something, here one that leaves a trace."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return Path.touch, (self.trace,)
-
-
-@pytest.mark.parametrize("mapped", [True, False])
-def test_a_pickle_that_would_run_code_runs_none(mapped: bool, tmp_path: Path):
-    torch = pytest.importorskip("torch")
-    state = {"weight": torch.ones(2), "payload": Payload(tmp_path / "trace")}
-    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=mapped)
-    assert "nothing of it was run" in refused(tmp_path)
-    assert not (tmp_path / "trace").exists()
-
-
-@pytest.mark.parametrize("mapped", [True, False])
-@pytest.mark.parametrize("keep", [0, 3, 100, -20])
-def test_truncated_bin(keep: int, mapped: bool, tmp_path: Path):
-    file = write_bin(tmp_path, STATE, mapped=mapped) / "pytorch_model.bin"
-    file.write_bytes(file.read_bytes()[:keep])
-    assert "pytorch_model.bin: expected" in refused(tmp_path)
-
-
-def test_a_bin_that_holds_more_than_a_state_dict(tmp_path: Path):
-    torch = pytest.importorskip("torch")
-    weight = torch.ones(2, 2)
-    for state, came in (
-        ({"state_dict": {"weight": weight}}, "dict for 'state_dict'"),
-        ({"epoch": 3}, "int for 'epoch'"),
-        ([weight], "list for 'the file'"),
-        (weight, "Tensor for 'the file'"),
-        ({0: weight}, "Tensor for 0"),
-        ({"sparse": weight.to_sparse()}, "Tensor for 'sparse'"),
-    ):
-        torch.save(state, tmp_path / "pytorch_model.bin")
-        assert f"expected a state dict of dense tensors, came {came}" in refused(tmp_path)
-    torch.save({"w": weight.to(torch.complex64)}, tmp_path / "pytorch_model.bin")
-    assert "w is complex64; one of float64" in refused(tmp_path)
-
-
-def test_bin_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert "pip install flax-vlm[torch]" in refused(tmp_path)
-
-
-def test_bin_tensors_that_share_memory_or_train(tmp_path: Path):
-    torch = pytest.importorskip("torch")
-    base = torch.arange(12.0).reshape(3, 4)
-    torch.save({"a": base, "b": base.T, "c": torch.nn.Parameter(base[1:])}, tmp_path / "pytorch_model.bin")
-    files = TorchFiles.open(tmp_path)
-    for name, expected in (("a", base), ("b", base.T), ("c", base[1:])):
-        assert equal(files.read(name), expected.numpy())
-    assert equal(files.read("b", (slice(1, 3), slice(0, 2))), base.T[1:3, :2].numpy())

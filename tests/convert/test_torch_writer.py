@@ -29,7 +29,9 @@ def equal(ours: np.ndarray, theirs: np.ndarray) -> bool:
     return (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and same_bits
 
 
-@given(state=st.dictionaries(st.text('abc.é"\\ ', min_size=1), arrays, min_size=1, max_size=8), size=st.integers(1, 400))
+@given(
+    state=st.dictionaries(st.text('abc.é"\\ ', min_size=1), arrays, min_size=1, max_size=8), size=st.integers(1, 400)
+)
 def test_what_is_written_is_read(state: Any, size: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("checkpoint")
     moved = write_torch(folder, state, size)

@@ -27,7 +27,10 @@ class Arrays:
 
 
 def write_torch(
-    folder: Path, state: Mapping[str, np.ndarray], max_shard_size: int | str = "5GB", targets: list[Target] | None = None
+    folder: Path,
+    state: Mapping[str, np.ndarray],
+    max_shard_size: int | str = "5GB",
+    targets: list[Target] | None = None,
 ) -> Moved:
     """Writes `state` as safetensors in `folder`, among what is there."""
     targets = targets or [Target(name, array.shape, (name,), identity) for name, array in state.items()]

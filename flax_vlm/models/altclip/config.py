@@ -2,20 +2,38 @@
 
 import dataclasses
 from collections.abc import Mapping
+from reprlib import repr as shortened
 from typing import Any, ClassVar, TypeAlias
 
 from flax_vlm.layers.feed_forward import activation
 from flax_vlm.models.clip_vision.config import CLIPVisionConfig
-from flax_vlm.models.config import config_from_hf, config_to_hf, require_divisible, require_positive
+from flax_vlm.models.config import (
+    Depth,
+    Fraction,
+    Size,
+    check_fields,
+    config_from_hf,
+    config_to_hf,
+    require_divisible,
+    section,
+)
 
 POSITION_EMBEDDING_TYPES = ("absolute", "relative_key", "relative_key_query")
 
 PrunedHeads: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 
 
-def _pruned_heads(value: Mapping[str, list[int]] | None) -> PrunedHeads:
+def _pruned_heads(value: Any) -> PrunedHeads:
     """{"0": [1], "2": [0, 2]} as it stands in config.json -> ((0, (1,)), (2, (0, 2)))."""
-    return tuple(sorted((int(layer), tuple(sorted(heads))) for layer, heads in (value or {}).items() if heads))
+
+    def plain(layer: Any, heads: Any) -> bool:
+        numbers = isinstance(heads, list) and all(type(head) is int for head in heads)
+        return str(layer).isdecimal() and numbers and len(set(heads)) == len(heads)
+
+    table = {} if value is None else value
+    if not isinstance(table, Mapping) or not all(plain(*each) for each in table.items()):
+        raise ValueError(f"pruned_heads is {shortened(value)}: expected an object of lists, layer to heads, each once")
+    return tuple(sorted((int(layer), tuple(sorted(heads))) for layer, heads in table.items() if heads))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,31 +45,30 @@ class AltCLIPTextConfig:
 
     model_type: ClassVar[str] = "altclip_text_model"
 
-    vocab_size: int = 250002
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    max_position_embeddings: int = 514
-    type_vocab_size: int = 1
+    vocab_size: Size = 250002
+    hidden_size: Size = 1024
+    intermediate_size: Size = 4096
+    num_hidden_layers: Depth = 24
+    num_attention_heads: Size = 16
+    max_position_embeddings: Size = 514
+    type_vocab_size: Size = 1
     hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: Fraction = 1e-5
+    hidden_dropout_prob: Fraction = 0.1
+    attention_probs_dropout_prob: Fraction = 0.1
     initializer_range: float = 0.02
     initializer_factor: float = 0.02
     pad_token_id: int = 1
     bos_token_id: int | None = 0
     eos_token_id: int | None = 2
-    project_dim: int = 768
+    project_dim: Size = 768
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
     add_cross_attention: bool = False
     pruned_heads: PrunedHeads = ()
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        require_positive(self, *sizes, "max_position_embeddings", "type_vocab_size", "project_dim")
+        check_fields(self)
         require_divisible(self, "hidden_size", "num_attention_heads")
         activation(self.hidden_act)
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
@@ -113,12 +130,12 @@ class AltCLIPConfig:
 
     text_config: AltCLIPTextConfig = AltCLIPTextConfig()
     vision_config: AltCLIPVisionConfig = AltCLIPVisionConfig()
-    projection_dim: int = 768
+    projection_dim: Size = 768
     logit_scale_init_value: float = 2.6592
     initializer_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        require_positive(self, "projection_dim")
+        check_fields(self)
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> "AltCLIPConfig":
@@ -129,10 +146,7 @@ class AltCLIPConfig:
         towers = {"text_config": AltCLIPTextConfig, "vision_config": AltCLIPVisionConfig}
         data = dict(data)
         for name, tower in towers.items():
-            given = data.get(f"{name}_dict") or data.get(name) or {}
-            if not isinstance(given, Mapping):
-                raise ValueError(f"config.json: {name} is {given!r}: expected an object")
-            data[name] = tower.from_hf(given)
+            data[name] = tower.from_hf(section(data, f"{name}_dict", name))
         return config_from_hf(cls, data, ignore=frozenset({"num_layers"}))
 
     def to_hf(self) -> dict[str, Any]:

@@ -37,11 +37,9 @@ class CLIPAttention(Block):
     ) -> tuple[Float[Array, "B P D"], Float[Array, "B N P P"] | None]:
         config = self.config
         width, heads = config.hidden_size, config.num_attention_heads
-        out_std = config.initializer_factor * width**-0.5
-        in_std = out_std * (2 * config.num_hidden_layers) ** -0.5
         dense = partial(Dense, width, **self.dtypes)
         query, key, value = (
-            dense(kernel_init=normal(in_std), kernel_axes=("embed", "heads"), name=f"{name}_proj")(
+            dense(kernel_init=normal(config.spread.attention_in), kernel_axes=("embed", "heads"), name=f"{name}_proj")(
                 hidden_states
             ).reshape(*hidden_states.shape[:2], heads, width // heads)
             for name in ("q", "k", "v")
@@ -55,7 +53,7 @@ class CLIPAttention(Block):
             return_weights=output_attentions,
             implementation=self.attention_implementation,
         )
-        out = dense(kernel_init=normal(out_std), kernel_axes=("heads", "embed"), name="out_proj")
+        out = dense(kernel_init=normal(config.spread.attention_out), kernel_axes=("heads", "embed"), name="out_proj")
         return out(attended.reshape(hidden_states.shape)), weights
 
 
@@ -66,15 +64,14 @@ class CLIPEncoderLayer(Block):
 
     def setup(self) -> None:
         config = self.config
-        width, factor = config.hidden_size, config.initializer_factor
         self.layer_norm1 = LayerNorm(config.layer_norm_eps, **self.dtypes)
         self.self_attn = CLIPAttention(config, **self.run)
         self.layer_norm2 = LayerNorm(config.layer_norm_eps, **self.dtypes)
         self.mlp = MLP(
             config.intermediate_size,
             config.hidden_act,
-            fc1_init=normal(factor * (2 * width) ** -0.5),
-            fc2_init=normal(factor * (2 * width * config.num_hidden_layers) ** -0.5),
+            fc1_init=normal(config.spread.fc1),
+            fc2_init=normal(config.spread.fc2),
             **self.dtypes,
         )
 
@@ -130,16 +127,15 @@ class CLIPVisionTransformer(Tower):
 
     def setup(self) -> None:
         config = self.config
-        factor = config.initializer_factor
         self.embeddings = PatchEmbed(
             config.hidden_size,
             config.image_size,
             config.patch_size,
             config.num_channels,
             self.position_scale,
-            class_init=normal(factor * config.hidden_size**-0.5),
-            patch_init=normal(factor * config.initializer_range),
-            position_init=normal(factor * config.initializer_range),
+            class_init=normal(config.spread.class_token),
+            patch_init=normal(config.spread.embeddings),
+            position_init=normal(config.spread.embeddings),
             **self.dtypes,
         )
         self.pre_layrnorm = LayerNorm(config.layer_norm_eps, **self.dtypes)

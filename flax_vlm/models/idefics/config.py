@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeAlias, get_args
 
 from flax_vlm.layers.feed_forward import activation
 from flax_vlm.layers.gated_cross_attention import AlphaInitializer, AlphaType
-from flax_vlm.models.clip_vision.config import CLIPVisionConfig
+from flax_vlm.models.clip_vision.config import CLIPVisionConfig, Spread
 from flax_vlm.models.config import (
     Depth,
     Fraction,
@@ -59,6 +59,11 @@ class IdeficsVisionConfig(CLIPVisionConfig):
     @property
     def embed_dim(self) -> int:
         return self.hidden_size
+
+    @property
+    def spread(self) -> Spread:
+        """One for all weights but the class token."""
+        return Spread(1.0, *[self.initializer_range] * 5)
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> "IdeficsVisionConfig":

@@ -19,7 +19,7 @@ from flax_vlm.layers.decoupled import DecoupledEmbed, DecoupledHead
 from flax_vlm.layers.kv_cache import KeyValue, KVCache
 from flax_vlm.layers.losses import next_token_loss
 from flax_vlm.layers.norms import RMSNorm
-from flax_vlm.layers.patch_embed import check_images, padded_scale
+from flax_vlm.layers.patch_embed import padded_scale
 from flax_vlm.layers.perceiver import PerceiverResampler
 from flax_vlm.layers.rotary import rotation
 from flax_vlm.layers.stack import run_layers
@@ -103,11 +103,19 @@ class IdeficsModel(Tower):
 
     def setup(self) -> None:
         config = self.config
+        init = nn.initializers.normal(config.initializer_range)
+
+        def padded(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
+            """The row of padding starts at zero; unlike AltCLIP's it learns."""
+            table = init(key, shape, dtype)
+            return table if config.pad_token_id is None else table.at[config.pad_token_id].set(0)
+
         self.embed_tokens = DecoupledEmbed(
             config.vocab_size,
             config.hidden_size,
-            embedding_init=nn.initializers.normal(config.initializer_range),
+            embedding_init=padded,
             num_additional_embeddings=config.additional_vocab_size,
+            additional_init=init,
             **self.dtypes,
         )
         self.vision_model = IdeficsVisionModel(config.vision_config, **self.run_stack)
@@ -188,7 +196,7 @@ class IdeficsModel(Tower):
         if position_ids is None:
             position_ids = jnp.where(is_token, past + is_token.cumsum(-1) - 1, 1)
         images = self._images(
-            pixel_values, image_encoder_embeddings, perceiver_embeddings, interpolate_pos_encoding, deterministic
+            batch, pixel_values, image_encoder_embeddings, perceiver_embeddings, interpolate_pos_encoding, deterministic
         )
         may_see = self._may_see(images, image_attention_mask, cache, tokens)
 
@@ -256,6 +264,7 @@ class IdeficsModel(Tower):
 
     def _images(
         self,
+        batch: int,
         pixel_values: Array | None,
         image_encoder_embeddings: Array | None,
         perceiver_embeddings: Array | None,
@@ -263,29 +272,32 @@ class IdeficsModel(Tower):
         deterministic: bool,
     ) -> Float[Array, "B I P E"] | None:
         """The states that text looks at, from whatever form of the images is given."""
-        given = (pixel_values, image_encoder_embeddings, perceiver_embeddings)
-        if sum(each is not None for each in given) > 1:
+        forms = (pixel_values, image_encoder_embeddings, perceiver_embeddings)
+        given = [each for each in forms if each is not None]
+        if len(given) > 1:
             raise ValueError("expected at most one of pixel_values, image_encoder_embeddings, perceiver_embeddings")
+        channels = self.config.vision_config.num_channels
+        if pixel_values is not None and (pixel_values.ndim != 5 or pixel_values.shape[-1] != channels):
+            raise ValueError(
+                f"pixel_values has shape {pixel_values.shape}: expected [batch, images, height, width, {channels}]. "
+                "If it is channels-first as in PyTorch, pass pixel_values.transpose(0, 1, 3, 4, 2)"
+            )
+        if not given:
+            return None
+        (images,) = given
+        number = images.shape[1]
+        if images.shape[0] != batch or not number:
+            raise ValueError(
+                f"images have shape {images.shape}: expected {batch} rows as of text, of one image or more each; "
+                "leave images out for text alone"
+            )
         if perceiver_embeddings is not None:
             if not self.config.use_resampler:
                 raise ValueError("If `perceiver_embeddings` are passed, use_resampler should be True")
-            return perceiver_embeddings.astype(self.dtype)
+            return images.astype(self.dtype)
+        states = images.reshape(batch * number, *images.shape[2:]).astype(self.dtype)
         if pixel_values is not None:
-            if pixel_values.ndim != 5:
-                raise ValueError(
-                    f"pixel_values has shape {pixel_values.shape}: expected [batch, images, height, width, channels]"
-                )
-            batch, number = pixel_values.shape[:2]
-            pictures = pixel_values.reshape(batch * number, *pixel_values.shape[2:]).astype(self.dtype)
-            check_images(pictures, self.config.vision_config.num_channels)
-            tower = self.vision_model(pictures, interpolate_pos_encoding, deterministic=deterministic)
-            states = tower.last_hidden_state
-        elif image_encoder_embeddings is not None:
-            batch, number = image_encoder_embeddings.shape[:2]
-            states = image_encoder_embeddings.reshape(batch * number, *image_encoder_embeddings.shape[2:])
-            states = states.astype(self.dtype)
-        else:
-            return None
+            states = self.vision_model(states, interpolate_pos_encoding, deterministic=deterministic).last_hidden_state
         if self.config.use_resampler:
             states = self.perceiver_resampler(states)
         return states.reshape(batch, number, *states.shape[1:])
@@ -367,10 +379,14 @@ class IdeficsForVisionText2Text(Tower):
         """
         output = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **inputs)
         states = output.last_hidden_state
-        if not isinstance(logits_to_keep, int):
+        if isinstance(logits_to_keep, int):
+            states = states[:, -logits_to_keep:]  # all for 0
+        elif logits_to_keep.ndim == 1:
             states = states[:, logits_to_keep]
-        elif logits_to_keep:
-            states = states[:, -logits_to_keep:]
+        else:
+            raise ValueError(
+                f"logits_to_keep has shape {logits_to_keep.shape}: expected an int that jit does not trace, or indices"
+            )
         logits = self.model.embed_tokens.attend(states) if self.config.tie_word_embeddings else self.lm_head(states)
         loss = None
         if labels is not None:
