@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_vlm.array_files import chunk_shape, create_array, publish, sync_array
+from flax_vlm.array_files import chunk_shape, create_array, publish, sync_array, system_errors
 from flax_vlm.whole_folder import Draft
 
 from .rules import Reader, Source
@@ -21,6 +21,7 @@ from .stream import WORKERS, Content, Moved, Progress, Stream, cast, packed, row
 PARAMS = "params"
 _STAGING = "arrays"
 _START = 350 << 20  # bytes: Python with JAX, Orbax and tensorstore
+_HELD = 10  # blocks a thread, measured: its rows, their copy in our layout, and what tensorstore is writing
 
 
 def write_params(
@@ -80,18 +81,27 @@ def write_array(place: Any, source: Source, files: Reader, dtype: Any, stream: S
     content = Content()
     writes = deque()
     everything = (slice(None),) * len(source.shape)
-    for rows in [slice(None)] if axis is None else row_blocks(source.shape[axis], chunks[axis]):
-        index = everything if axis is None else (*everything[:axis], rows, *everything[axis + 1 :])
-        block = cast(source.transform.to_torch(source.read(files, index)), dtype)
-        content.add(block)
-        ours = packed(source.transform.to_flax(block))
-        writes.append(store[index].write(ours, can_reference_source_data_indefinitely=True))
-        if len(writes) > 1:
-            writes.popleft().result()
-        stream.passed(source.flax, ours.nbytes)
-    for write in writes:
-        write.result()
+    try:
+        for rows in [slice(None)] if axis is None else row_blocks(source.shape[axis], chunks[axis]):
+            index = everything if axis is None else (*everything[:axis], rows, *everything[axis + 1 :])
+            block = cast(source.transform.to_torch(source.read(files, index)), dtype)
+            content.add(block)
+            ours = packed(source.transform.to_flax(block))
+            writes.append(store[index].write(ours, can_reference_source_data_indefinitely=True))
+            if len(writes) > 1:
+                _settle(writes.popleft(), place)
+            stream.passed(source.flax, ours.nbytes)
+        while writes:
+            _settle(writes.popleft(), place)
+    finally:
+        for write in writes:  # after an error: nothing may still be writing into a draft that is removed
+            write.exception()
     return content
+
+
+def _settle(write: Any, place: Any) -> None:
+    with system_errors(place):
+        write.result()
 
 
 def written_bytes(source: Source, dtype: Any) -> int:
@@ -133,8 +143,7 @@ def outlook(model: str, sources: Sequence[Source], dtype: Any = None, workers: i
         rows, step = _rows(source, written_dtype(source.info.dtype, dtype))
         blocks += len(list(row_blocks(rows, step)))
         largest = max(largest, written_bytes(source, dtype) * min(step, rows) // max(1, rows))
-    # Of one thread: the rows, their copy in our layout, and two copies that are being written.
-    memory = _START + workers * 4 * largest
+    memory = _START + workers * _HELD * largest
     return Outlook(model, len(sources), sum(written_bytes(each, dtype) for each in sources), blocks, memory)
 
 

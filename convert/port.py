@@ -109,7 +109,7 @@ def to_flax(
 ) -> Moved:
     """Converts a PyTorch checkpoint, a folder or a repository on the Hub, to a native one in the folder `target`.
 
-    Memory stays at a few blocks of 16 MiB, whatever the size of the checkpoint. `target` appears when it is whole;
+    Memory stays at a few blocks of 8 MiB, whatever the size of the checkpoint. `target` appears when it is whole;
     killed before, the same call goes on where it was. A target in cloud storage (gs://, with the extra `gcs`) gets its
     config.json last instead, and does not load without; a call that was killed starts afresh there.
 

@@ -42,8 +42,7 @@ def write_tensors(
       progress: called after every block, from several threads but never at the same time.
     """
     by_name = {target.torch: target for target in targets}
-    dtypes = {name: written_dtype(arrays.tensors[each.flax[0]].dtype, dtype) for name, each in by_name.items()}
-    plan = {name: TensorInfo(target.shape, dtypes[name]) for name, target in by_name.items()}
+    plan = {name: TensorInfo(target.shape, _one_dtype(target, arrays, dtype)) for name, target in by_name.items()}
     shards = _split(draft.folder, plan, max_shard_size)
     home = {name: shard for shard in shards for name in shard.starts}
     stream = Stream(draft, {name: info.nbytes for name, info in plan.items()}, progress)
@@ -77,6 +76,14 @@ def write_tensors(
         index = {"metadata": {"total_size": total}, "weight_map": {name: home[name].path.name for name in plan}}
         (draft.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return stream.outcome()
+
+
+def _one_dtype(target: Target, arrays: ArrayFiles, dtype: Any) -> np.dtype:
+    found = {written_dtype(arrays.tensors[path].dtype, dtype) for path in target.flax}
+    if len(found) > 1:
+        came = " and ".join(sorted(map(str, found)))
+        raise ConversionError(f"{target.torch}: expected parts of one dtype, came {came}. Cast with dtype=.")
+    return found.pop()
 
 
 class _Shard:

@@ -6,11 +6,13 @@ and a conversion holds little more than a chunk. `publish` has Orbax write what 
 there restores with orbax.checkpoint.StandardCheckpointer, onto any mesh.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401, it is what teaches numpy bfloat16
 import numpy as np
 
-BLOCK = 16 << 20  # bytes: what one step of a stream holds
+BLOCK = 8 << 20  # bytes: what one step of a stream holds
 CHUNK = 8 << 20  # bytes: the largest file of an array, unless one row of it is larger
 
 Index = tuple[slice, ...]  # one slice an axis, of step 1
@@ -55,18 +57,27 @@ class ArrayFiles:
             data = json.loads((folder / "_METADATA").read_bytes())
             keys = [[str(key["key"]) for key in leaf["key_metadata"]] for leaf in data["tree_metadata"].values()]
             self._ocdbt, self._zarr3 = bool(data.get("use_ocdbt", True)), bool(data.get("use_zarr3", False))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            # Orbax did not always write a chunk that holds nothing but zeros; where it did, a missing one is a fault.
+            self._sparse = not data.get("store_array_data_equal_to_fill_value", False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder}: expected parameters that Orbax wrote, came: {error!r}. {_AGAIN}") from error
         self._names = {"/".join(path): ".".join(path) for path in keys}
         self.tensors = {path: self._info(path) for path in self._names}
 
     def read(self, path: str, index: Index | None = None) -> np.ndarray:
-        """One array, or a slice of it."""
+        """One array, or a slice of it.
+
+        Raises:
+          ValueError: for a damaged array; OSError, naming it, where the disk fails.
+        """
+        import tensorstore
+
         store = self._store(path)
-        try:
-            return np.asarray((store if index is None else store[index]).read().result())
-        except ValueError as error:
-            raise ValueError(f"{self._folder / self._names[path]}: cannot be read: {error}. {_AGAIN}") from error
+        with _reading(self._folder / self._names[path]):
+            chosen = store if index is None else store[index]
+            array = np.empty(chosen.shape, chosen.dtype.numpy_dtype)  # numpy asks for large pages, tensorstore does not
+            tensorstore.array(array, copy=False, write=True).write(chosen).result()
+            return array
 
     def _store(self, path: str) -> Any:
         import tensorstore
@@ -77,27 +88,46 @@ class ArrayFiles:
             kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         else:
             kvstore = {"driver": "file", "path": f"{self._folder / name}/"}
-        spec = {"driver": "zarr3" if self._zarr3 else "zarr", "kvstore": kvstore}
-        try:
+        driver = "zarr3" if self._zarr3 else "zarr"
+        spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": self._sparse}
+        with _reading(self._folder / name):
             return tensorstore.open(spec, open=True, read=True).result()
-        except ValueError as error:
-            raise ValueError(f"{self._folder / name}: cannot be read: {error}. {_AGAIN}") from error
 
     def _info(self, path: str) -> ArrayInfo:
         if self._ocdbt or not self._zarr3:
             store = self._store(path)
-            chunks = store.chunk_layout.read_chunk.shape
+            chunks = store.chunk_layout.read_chunk.shape or ()  # None for a scalar
             return ArrayInfo(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), tuple(chunks))
         header = self._folder / self._names[path] / "zarr.json"
         try:  # without tensorstore, for the sake of `flax-vlm inspect`
             data = json.loads(header.read_bytes())
             chunks = data["chunk_grid"]["configuration"]["chunk_shape"]
             return ArrayInfo(tuple(data["shape"]), np.dtype(data["data_type"]), tuple(chunks))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{header}: expected the header of an array, came: {error!r}. {_AGAIN}") from error
 
 
 _AGAIN = "Convert or copy the checkpoint again."
+
+
+@contextlib.contextmanager
+def system_errors(array: Any) -> Iterator[None]:
+    """Around calls of tensorstore, which raises ValueError for everything: what the system refused is an OSError."""
+    try:
+        yield
+    except ValueError as error:
+        if codes := re.findall(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(codes[-1]), os.strerror(int(codes[-1])), str(array)) from error
+        raise
+
+
+@contextlib.contextmanager
+def _reading(array: Any) -> Iterator[None]:
+    try:
+        with system_errors(array):
+            yield
+    except ValueError as error:
+        raise ValueError(f"{array}: cannot be read: {error}. {_AGAIN}") from error
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, stream_axis: int | None) -> tuple[int, ...]:
@@ -151,7 +181,8 @@ def create_array(folder: str | Path, shape: tuple[int, ...], dtype: np.dtype, ch
         "store_data_equal_to_fill_value": True,  # a file for every chunk: one that is missing is a fault, not zeros
     }
     context = tensorstore.Context({"file_io_sync": False})
-    return tensorstore.open(spec, context=context, create=True, delete_existing=True).result()
+    with system_errors(folder):
+        return tensorstore.open(spec, context=context, create=True, delete_existing=True).result()
 
 
 def sync_array(folder: Any) -> None:
@@ -221,8 +252,10 @@ def _save(params: Any, args: Any, **options: Any) -> None:
     log = logging.getLogger("absl")
     log.addFilter(_expected)
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with system_errors(params), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(params, args=args, force=True)
+        if isinstance(params, Path):  # only in cloud storage does this file say something, and it holds a path of here
+            (params / "commit_success.txt").unlink(missing_ok=True)
     finally:
         log.removeFilter(_expected)
 

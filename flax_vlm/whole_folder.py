@@ -1,7 +1,8 @@
 """Folders that appear whole or not at all, and work on them that goes on where it was killed.
 
-A folder is written beside its target, as `.<name>.partial`, and renamed at the end. While it is written it holds a
-journal, locked by its writer: a second writer of the same target is refused, and the next one finds what is done.
+A folder is written beside its target, as `.<name>.partial`, and renamed at the end. While it is written there is a
+journal, `.<name>.journal`, locked by its writer: a second writer of the same target is refused, and the next one finds
+what is done. A folder that is replaced is `.<name>.replaced` until the new one stands in its place.
 """
 
 import contextlib
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("flax_vlm")
-
-JOURNAL = "journal.jsonl"
 
 
 class Draft:
@@ -65,25 +64,26 @@ def whole_folder(
       OSError: when the disk has no room for `nbytes`, or the folder of `target` cannot be written.
     """
     target = resolved(target)
-    folder = target.with_name(f".{target.name}.partial")
+    folder, replaced = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.replaced")
     _check_taken(target, overwrite, marker)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder, target) as journal:
+            _put_back(replaced, target, marker)
             _check_taken(target, overwrite, marker)
-            done = _resume(folder, journal, job)
-            draft = Draft(folder, journal, done)
-            _check_room(folder, nbytes)
+            draft = Draft(folder, journal, _resume(folder, journal, job))
             try:
+                _check_room(folder, nbytes)
                 yield draft
+                _place(folder, target, replaced, marker)
             except BaseException as error:
+                _put_back(replaced, target, marker)
                 if job is None or not draft.done or isinstance(error, ValueError):  # another try would fail alike
+                    _forget(journal)
                     shutil.rmtree(folder, ignore_errors=True)
                 else:
                     logger.warning("what is done stays in %s: the same command goes on, or remove it", folder)
                 raise
-            (folder / JOURNAL).unlink()
-            _rename(folder, target)
     except OSError as error:
         _explain(error, target, nbytes)
         raise
@@ -137,40 +137,56 @@ def _check_taken(target: Path, overwrite: bool, marker: str) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, target: Path) -> Iterator[Any]:
-    """The journal of a draft, made if need be, ours alone."""
+    """The journal of a draft, made if need be, ours alone; it goes when there is no draft any more."""
+    path = folder.with_suffix(".journal")
     while True:
-        folder.mkdir(exist_ok=True)
-        try:
-            journal = (folder / JOURNAL).open("a+b")
-        except FileNotFoundError:  # another writer has just finished
-            continue
-        with journal:
+        with path.open("a+b") as journal:
             try:
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 message = f"{target} is being written by another process: wait for it, or choose another target"
                 raise FileExistsError(message) from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(journal.fileno()), os.stat(folder / JOURNAL)):
-                    yield journal
-                    return
+            if not _is_at(path, journal):  # another writer has just finished, and removed it
+                continue
+            try:
+                yield journal
+            finally:
+                if not folder.exists():
+                    path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, file: Any) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _resume(folder: Path, journal: Any, job: Any) -> dict[str, Any]:
     """What the journal says is done of `job`. What was left of any other is removed."""
+    header = json.dumps({"job": job}).encode()
     journal.seek(0)
     whole = journal.read().split(b"\n")[:-1]  # a kill may have cut the last one
-    header = json.dumps({"job": job}).encode()
-    if job is not None and whole and whole[0] == header:
-        journal.truncate(sum(len(line) + 1 for line in whole))
-        return dict(json.loads(line) for line in whole[1:])
-    for path in folder.iterdir():
-        if path.name != JOURNAL:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    journal.truncate(0)
+    if job is not None and whole and whole[0] == header and folder.is_dir():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # a damaged journal says nothing
+            done = dict(json.loads(line) for line in whole[1:])
+            if done:
+                journal.truncate(sum(len(line) + 1 for line in whole))
+                return done
+    _forget(journal)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
     journal.write(header + b"\n")
     journal.flush()
     return {}
+
+
+def _forget(journal: Any) -> None:
+    """Empties the journal: before anything that it calls done is removed, or a kill would leave half of that."""
+    journal.truncate(0)
+    os.fsync(journal.fileno())
 
 
 def _check_room(folder: Path, nbytes: int) -> None:
@@ -180,28 +196,39 @@ def _check_room(folder: Path, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _rename(folder: Path, target: Path) -> None:
+def _place(folder: Path, target: Path, replaced: Path, marker: str) -> None:
+    _discard(replaced, marker)
     if target.exists():
-        retired = target.with_name(f".{target.name}.replaced")
-        shutil.rmtree(retired, ignore_errors=True)
-        os.rename(target, retired)
-        os.rename(folder, target)
-        shutil.rmtree(retired)
-    else:
-        os.rename(folder, target)
+        os.rename(target, replaced)
+    os.rename(folder, target)
     descriptor = os.open(target.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+    _discard(replaced, marker)
+
+
+def _put_back(replaced: Path, target: Path, marker: str) -> None:
+    """What a writer that ended between the two renames of `_place` left without its name."""
+    if not target.exists() and (replaced / marker).is_file():
+        os.rename(replaced, target)
+
+
+def _discard(replaced: Path, marker: str) -> None:
+    """Removes a folder, its marker first: what a kill leaves of it is not put back."""
+    if replaced.exists():
+        (replaced / marker).unlink(missing_ok=True)
+        shutil.rmtree(replaced)
 
 
 def _explain(error: OSError, target: Path, nbytes: int) -> None:
     """Raises `error` again as a sentence that says what to do, where there is one."""
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(target.parent).free
         needs = f"{nbytes:,} bytes are needed" if nbytes else "more is needed"
         message = f"{target}: the disk is full: {needs}, {free:,} are free. Make room, then run the same again"
         raise OSError(errno.ENOSPC, message) from error
-    refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename
-    if refused and Path(error.filename).is_relative_to(target.parent):
+    refused = str(error.filename) if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
+    # On the way to the target, or one of the names beside it; not a source that nobody may read.
+    if refused and (target.is_relative_to(refused) or refused.startswith(str(target.with_name(f".{target.name}.")))):
         message = f"expected a folder that can be written, came: {error.strerror}. Choose another target"
         raise PermissionError(error.errno, message, str(target.parent)) from error

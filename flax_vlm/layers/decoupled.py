@@ -11,7 +11,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int
 
 from flax_vlm.layers.embed import Embed
-from flax_vlm.layers.linear import Dense, matmul, partitioned
+from flax_vlm.layers.linear import Dense, Initializer, matmul, partitioned
 
 
 class DecoupledEmbed(Embed):
@@ -21,6 +21,7 @@ class DecoupledEmbed(Embed):
     """
 
     num_additional_embeddings: int = 0
+    additional_init: Initializer = nn.initializers.normal(1.0)
 
     def setup(self) -> None:
         super().setup()
@@ -28,7 +29,7 @@ class DecoupledEmbed(Embed):
             self.additional_embedding = Embed(
                 self.num_additional_embeddings,
                 self.features,
-                embedding_init=self.embedding_init,
+                embedding_init=self.additional_init,
                 axes=(None, "embed"),
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,

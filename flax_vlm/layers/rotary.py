@@ -6,6 +6,7 @@ B batch   T tokens   N heads   H head width
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
@@ -21,8 +22,11 @@ class Rotation(NamedTuple):
 
 def rotation(positions: Int[Array, "#B T"], head_dim: int, theta: float, dtype: Dtype) -> Rotation:
     """The rotation for `positions`, of any size. Angles are computed in at least float32, then cast to `dtype`."""
-    exponents = jnp.arange(0, head_dim, 2, dtype=wide(dtype)) / head_dim
-    angles = positions[..., None, None].astype(wide(dtype)) / theta**exponents
+    # On the host, rounded after each step as torch does: XLA would make products of the divisions, and what a frequency
+    # is off by, its angle is off by as often as the position says.
+    exponents = np.arange(0, head_dim, 2, dtype=wide(dtype)) / head_dim
+    frequencies = 1 / (theta ** exponents.astype(np.float64)).astype(wide(dtype))
+    angles = positions[..., None, None].astype(wide(dtype)) * frequencies
     return Rotation(jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype))
 
 

@@ -79,6 +79,25 @@ def test_stack_and_unstack_are_inverse() -> None:
     jax.tree.map(lambda one, other: assert_close(one, other, 1e-6), back, params)
 
 
+def test_two_kinds_of_layers_are_stacked_block_by_block() -> None:
+    rng = np.random.default_rng(0)
+    params = {f"layers_{i}": {"mlp": rng.standard_normal((2, 3))} for i in range(12)}
+    params |= {f"gated_layers_{i}": {"alpha": rng.standard_normal(5)} for i in range(4)}
+    params |= {"norm": {"scale": rng.standard_normal(3)}, "tower": {"layers_0": {"k": rng.standard_normal(2)}}}
+    stacked = stack_params(params)
+    assert stacked.keys() == {"blocks", "norm", "tower"} and stacked["tower"].keys() == {"layers"}
+    blocks = stacked["blocks"]
+    assert blocks.keys() == {"gated_layers", "layers_0", "layers_1", "layers_2"}
+    assert_close(blocks["layers_1"]["mlp"][2], params["layers_7"]["mlp"], 1e-6)  # of block 2, its second layer
+    assert_close(blocks["gated_layers"]["alpha"][3], params["gated_layers_3"]["alpha"], 1e-6)
+    back = unstack_params(stacked)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    jax.tree.map(lambda one, other: assert_close(one, other, 1e-6), back, params)
+    assert stack_params({f"{kind}_{i}": {"k": np.ones(2)} for kind in ("layers", "a_layers") for i in range(2)})[
+        "blocks"
+    ].keys() == {"layers", "a_layers"}
+
+
 def test_names_that_end_in_a_number_are_not_all_layers() -> None:
     params = {"layer_norm1": {"scale": np.ones(2)}, "Dense_0": {"kernel": np.ones(2)}}
     assert stack_params(params).keys() == params.keys()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from reprlib import repr as shortened
 from typing import Any, ClassVar, TypeAlias, get_args
 
@@ -41,7 +42,9 @@ _PERCEIVER = (
     "resampler_head_dim",
     "qk_layer_norms_perceiver",
 )
-_IGNORED = frozenset({"cross_layer_activation_function", "max_sequence_length", "max_new_tokens", "ffn_dim"})
+_IGNORED = frozenset(
+    {"cross_layer_activation_function", "max_sequence_length", "max_new_tokens", "ffn_dim", "vision_model_name"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +105,9 @@ class IdeficsPerceiverConfig:
         return config_to_hf(self)
 
 
-def _exceptions(value: Any) -> ModuleExceptions:
+def _exceptions(name: str, value: Any) -> ModuleExceptions:
     if not isinstance(value, list | tuple) or not set(map(str, value)) <= set(MODULE_EXCEPTIONS):
-        raise ValueError(f"module exceptions {shortened(value)}: expected some of {', '.join(MODULE_EXCEPTIONS)}")
+        raise ValueError(f"{name} is {shortened(value)}: expected a list, of {', '.join(MODULE_EXCEPTIONS)}")
     return tuple(value)
 
 
@@ -178,7 +181,7 @@ class IdeficsConfig:
         }
         ignored = _IGNORED | _FLAT_VISION.keys() | {*_PERCEIVER, "rope_parameters", "rope_scaling"}
         exceptions = ("freeze_text_module_exceptions", "freeze_vision_module_exceptions")
-        return config_from_hf(cls, fields, dict.fromkeys(exceptions, _exceptions), ignored)
+        return config_from_hf(cls, fields, {name: partial(_exceptions, name) for name in exceptions}, ignored)
 
     def to_hf(self) -> dict[str, Any]:
         """As a dictionary for config.json."""

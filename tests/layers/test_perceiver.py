@@ -1,0 +1,51 @@
+"""The perceiver resampler; tests/parity compares it with the original."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from flax_vlm.layers.param_tree import flatten_params
+from flax_vlm.layers.perceiver import PerceiverResampler
+from tests.compiling import jitted
+from tests.tolerances import FLOAT64, assert_close
+
+L, E = 5, 12
+CONTEXT = np.random.default_rng(0).standard_normal((3, 8, E))
+
+
+def resampler(norms: bool = True) -> tuple[PerceiverResampler, Any]:
+    layer = PerceiverResampler(
+        embed_dim=E,
+        depth=2,
+        num_heads=3,
+        head_dim=7,
+        num_latents=L,
+        qk_layer_norms=norms,
+        dtype=jnp.float64,
+        param_dtype=jnp.float64,
+    )
+    return layer, nn.meta.unbox(jitted(layer.init)(jax.random.key(0), jnp.asarray(CONTEXT)))
+
+
+def test_any_number_of_tokens_becomes_as_many_latents(x64: None) -> None:
+    layer, params = resampler()
+    apply = jitted(layer.apply)
+    out = apply(params, jnp.asarray(CONTEXT))
+    assert out.shape == (3, L, E) and apply(params, jnp.asarray(CONTEXT[:, :1])).shape == (3, L, E)
+    # Tokens carry their positions themselves: here, their order is none.
+    assert_close(apply(params, jnp.asarray(CONTEXT[:, ::-1])), out, FLOAT64)
+    # One picture does not see another.
+    assert_close(apply(params, jnp.asarray(CONTEXT[:1])), out[:1], FLOAT64)
+
+
+def test_norms_of_queries_and_keys_are_optional(x64: None) -> None:
+    paths = [set(flatten_params(resampler(norms)[1]["params"])) for norms in (False, True)]
+    parts = {"scale", "bias"}
+    extra = {f"blocks_{i}/attn/{n}_layer_norm/{part}" for i in range(2) for n in "qk" for part in parts}
+    assert paths[1] - paths[0] == extra and not paths[0] - paths[1]
+    layer, params = resampler()
+    one, other = (jitted(layer.apply)(params, scale * jnp.asarray(CONTEXT)) for scale in (1, 1000))
+    assert_close(other, one, 1e-4)  # what is normed has no scale, but for epsilon

@@ -1,0 +1,82 @@
+"""Arrays onto devices: each slice is read once, in one process and in several; other meshes are tested beside."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from flax_vlm import convert, parallel
+from tests.convert.test_port import write_hf
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_arrays_on_one_device() -> None:
+    arrays = {
+        "matrix": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "scalar": np.array(5, np.int32),
+        "empty": np.zeros((0, 3), np.float32),
+        "half": np.array([1, np.nan, -0.0], ml_dtypes.bfloat16),
+    }
+    reads: list[str] = []
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        reads.append(name)
+        return arrays[name][index]
+
+    device = SingleDeviceSharding(jax.devices()[0])
+    placed = parallel.place({name: array.shape for name, array in arrays.items()}, dict.fromkeys(arrays, device), read)
+    assert sorted(reads) == sorted(arrays) and list(placed) == list(arrays)
+    for name, array in arrays.items():
+        assert placed[name].dtype == array.dtype
+        assert np.asarray(placed[name]).tobytes() == array.tobytes()
+    shapes = {name: array.shape for name, array in arrays.items()}
+    cast = parallel.place(shapes, dict.fromkeys(arrays, device), read, np.float16)
+    assert {name: array.dtype.name for name, array in cast.items()} == {
+        "matrix": "float16",
+        "scalar": "int32",
+        "empty": "float16",
+        "half": "float16",
+    }
+
+
+def test_an_error_of_one_read_is_raised() -> None:
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        raise ValueError(f"{name}: damaged")
+
+    device = SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(ValueError, match="w: damaged"):
+        parallel.place({"w": (2, 2)}, {"w": device}, read)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_hf(folder / "hf")
+    convert.to_flax(folder / "hf", folder / "native")
+    return folder
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_reads_what_its_devices_hold(processes: int, folder: Path) -> None:
+    script = ROOT / "tests" / "parallel" / "reads_of_a_process.py"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    commands = [[sys.executable, script, folder, str(processes), str(i), address] for i in range(processes)]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    running = [subprocess.Popen(command, **options) for command in commands]
+    for process in running:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-4000:]
+        assert "fsdp, native" in out and "data, native" in out
+        assert ("restored" in out) == (processes == 1)
