@@ -224,7 +224,7 @@ def _explain(error: OSError, target: Path, nbytes: int) -> None:
     """Raises `error` again as a sentence that says what to do, where there is one."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(target.parent).free
-        needs = f"{nbytes:,} bytes are needed" if nbytes else "more is needed"
+        needs = f"at least {nbytes:,} bytes are needed" if nbytes else "more is needed"
         message = f"{target}: the disk is full: {needs}, {free:,} are free. Make room, then run the same again"
         raise OSError(errno.ENOSPC, message) from error
     refused = str(error.filename) if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""

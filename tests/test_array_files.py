@@ -1,7 +1,9 @@
 """Native arrays: what Orbax writes we read, what we write it restores, and damaged ones are never read as zeros."""
 
+import errno
 import json
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,19 @@ def test_an_unreadable_chunk_is_the_systems_fault(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"dense\.bias") as caught:
         checkpoint.open_params(tmp_path).read("dense/bias")
     assert caught.value.errno
+
+
+def test_a_failure_of_orbax_is_raised_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its own notes of 100 arrays are larger than a file may be here."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+        with pytest.raises(OSError) as caught:
+            array_files.publish(tmp_path / "params", [f"a/{i}" for i in range(100)], lambda places: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caught.value.errno == errno.EFBIG
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
 @given(

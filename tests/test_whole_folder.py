@@ -247,7 +247,7 @@ def test_a_full_disk_is_known_before(target: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError) as caught, whole_folder(target, job=1, nbytes=3000):
         pytest.fail("let in")
     assert caught.value.errno == errno.ENOSPC
-    assert "the disk is full: 3,000 bytes are needed, 2,000 are free. Make room" in str(caught.value)
+    assert "the disk is full: at least 3,000 bytes are needed, 2,000 are free. Make room" in str(caught.value)
     assert os.listdir(target.parent) == []
 
     with pytest.raises(Stop), whole_folder(target, job=1, nbytes=2000) as draft:  # this fits
@@ -262,7 +262,7 @@ def test_a_disk_that_fills_up(number: int, target: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError) as caught, whole_folder(target, job=1, nbytes=5_000_000) as draft:
         work(draft, range(2))
         raise OSError(number, os.strerror(number), str(draft.folder / "2"))
-    assert "the disk is full: 5,000,000 bytes are needed" in str(caught.value)
+    assert "the disk is full: at least 5,000,000 bytes are needed" in str(caught.value)
     assert "then run the same again" in str(caught.value)
     assert not target.exists()
     assert finished(target, job=1) == [2, 3, 4]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype
@@ -95,6 +96,19 @@ class KVCache(struct.PyTreeNode):
     def mask(self, num_queries: int) -> Mask:
         """What the queries in the slots from `index` on may attend: open slots up to their own, [B, 1, T, S]."""
         return causal_mask(num_queries, self.length, self.index) & self.may_attend[:, None, None, :]
+
+    def rows(self, indices: Int[Array, " N"]) -> KVCache:
+        """The cache of a batch that is made of these rows of this one: `[0, 0, 1, 1]` has each of two twice."""
+        return jax.tree.map(lambda leaf: leaf[indices] if leaf.ndim else leaf, self)
+
+    def reorder(self, indices: Int[Array, " B"], start: int | Int[Array, ""], length: int) -> KVCache:
+        """`rows` for rows that differ in `length` slots from `start` on only, like beams of one prompt behind it."""
+
+        def move(leaf: Array) -> Array:
+            new = lax.dynamic_slice_in_dim(leaf, start, length, axis=1)[indices]
+            return lax.dynamic_update_slice_in_dim(leaf, new, start, axis=1)
+
+        return self.replace(layers=jax.tree.map(move, self.layers))
 
     def advance(self, num_tokens: int, layers: Sequence[KeyValue]) -> KVCache:
         """After a call: the layers as written, the index past the new tokens."""

@@ -88,13 +88,17 @@ def _convert(sender: Any, function: str, source: Path, target: Path, step: int, 
         take("block")
 
     stream.GROUP = 1  # byte
-    os.fsync, os.pwrite = counted(os.fsync), counted(os.pwrite)
+    os.fsync, os.pwrite = counted(fsync), counted(os.pwrite)
     sys.addaudithook(watch)
     try:
         result = Done(getattr(convert, function)(source, target, progress=progress, **options), written, steps)
     except Exception as error:
         result = error
     sender.send(result)
+
+
+def fsync(_: int) -> None:
+    """None: what a killed process wrote is with the system, and a disk takes its time."""
 
 
 def _in_a_tree(event: str, arguments: tuple[Any, ...]) -> bool:

@@ -245,7 +245,7 @@ print("to_torch", moved.nbytes, peak - start)
 
 @pytest.mark.slow
 def test_memory_stays_at_a_few_blocks(tmp_path: Path) -> None:
-    """Of 1.2 GB no more than four threads hold, with ten blocks of 8 MiB each, and XLA, which starts meanwhile."""
+    """Of 1.2 GB, no more than the blocks of four threads, and XLA, which starts meanwhile."""
     try:
         (tmp_path / "hf").mkdir()
         shapes = {"0.weight": [20_000, 8000], **{f"{i}.weight": [4096, 4096] for i in range(1, 9)}}

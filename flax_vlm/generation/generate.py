@@ -1,0 +1,204 @@
+"""`generate`, all at once, and `stream`, as it comes.
+
+B prompts   R answers to each   T tokens   N new tokens   V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Float32, Int32
+
+from flax_vlm.generation.beams import Beams
+from flax_vlm.generation.config import GenerationConfig
+from flax_vlm.generation.loop import begin, decode, prefill, repeat
+from flax_vlm.generation.request import Request, bucket_length, make_request
+from flax_vlm.generation.state import Decoding, State
+from flax_vlm.layers.kv_cache import KVCache
+
+
+class GenerateOutput(struct.PyTreeNode):
+    """What was generated; the R answers to a prompt stand one below the other, those of beams best first.
+
+    Attributes:
+      sequences: prompt, as it was given, and answer; what follows its end is padding.
+      lengths: how many of the new tokens are the answer's own, its stop id among them.
+      sequences_scores: of beams: log probability / length ** length_penalty.
+      scores, logits: what each step chose from, after and before processing; a row for each beam.
+      cache: holds `sequences` and nothing more; a next call goes on from it with new tokens only. None unless
+        `return_dict_in_generate` was set or a cache was given, and after beams.
+    """
+
+    sequences: Int32[np.ndarray, "B*R T"]
+    lengths: Int32[np.ndarray, " B*R"]
+    sequences_scores: Float32[np.ndarray, " B*R"] | None = None
+    scores: Float[Array, "N _ V"] | None = None
+    logits: Float[Array, "N _ V"] | None = None
+    cache: KVCache | None = None
+
+
+def generate(
+    model: Any,
+    params: Any,
+    inputs: Mapping[str, Any],
+    config: GenerationConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    cache: KVCache | None = None,
+    bucket: Callable[[int], int] | None = bucket_length,
+) -> GenerateOutput:
+    """Answers to the prompts in `inputs`.
+
+    Compiled once for each bucket of lengths, batch size and kind of generation; other temperatures, seeds, stop ids or
+    numbers of new tokens run the same program. Line "compiling ..." in the log (logger "flax_vlm", level INFO) says
+    when it happens.
+
+    Args:
+      model: see state.py for what is asked of it.
+      inputs: `input_ids` and `attention_mask`, padded on the left, and what else the model takes with its prompt.
+      tokenizer: for `stop_strings`.
+      cache: go on from it; `inputs` are the new tokens. It is used up: the output has the one to go on from. A larger
+        one than `generate` would make, for a longer conversation, comes from `model.init_cache`.
+      bucket: rounds lengths up; None takes them as they are.
+
+    Raises:
+      ValueError: for options and inputs that cannot be served, before the loop starts.
+    """
+    request = make_request(model, inputs, config or GenerationConfig(), tokenizer, cache, bucket)
+    state = begin_request(model, params, request)
+    return _output(request, decode(model, request.plan, params, request.options, state, np.int32(request.limit)))
+
+
+def stream(
+    model: Any,
+    params: Any,
+    inputs: Mapping[str, Any],
+    config: GenerationConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    cache: KVCache | None = None,
+    bucket: Callable[[int], int] | None = bucket_length,
+    decode_text: Callable[[np.ndarray], str] | None = None,
+    chunk: int = 8,
+) -> Stream:
+    """`generate` in pieces, from the same compiled program: an iterator over what is new, `chunk` tokens at a time.
+
+    Args:
+      decode_text: from all ids of an answer so far to its text; the pieces are then lists of what each answer's text
+        has grown by. Without it they are ids [rows, new], filled as the sequences are.
+      chunk: fewer tokens come sooner, more of them ask the device less often.
+
+    Raises:
+      ValueError: as `generate`, and for beams, of which nobody knows the first word before the last.
+    """
+    config = config or GenerationConfig()
+    if config.num_beams > 1:
+        raise ValueError(f"num_beams={config.num_beams}: beams cannot be streamed. Use generate, or num_beams=1")
+    if chunk < 1:
+        raise ValueError(f"chunk: expected 1 token or more, got {chunk}")
+    request = make_request(model, inputs, config, tokenizer, cache, bucket)
+    return Stream(model, params, request, decode_text, chunk)
+
+
+class Stream(Iterator[Any]):
+    """The answers in pieces.
+
+    `output` is all there is of them so far, with a cache to go on from; leave the stream before using that.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        request: Request,
+        decode_text: Callable[[np.ndarray], str] | None,
+        chunk: int,
+    ) -> None:
+        self._request = request
+        self._state: Any = begin_request(model, params, request)
+        self._chunk = chunk
+        self._go_on_until = partial(decode, model, request.plan, params, request.options)
+        self._pieces = self._ids() if decode_text is None else self._texts(decode_text)
+
+    def __next__(self) -> Any:
+        return next(self._pieces)
+
+    @property
+    def output(self) -> GenerateOutput:
+        """The answers so far."""
+        return _output(self._request, self._state)
+
+    def _ids(self) -> Iterator[np.ndarray]:
+        wanted = 1  # the first token comes alone, so that nobody waits for a whole chunk
+        while not self._is_over():
+            before = int(self._state.step)
+            until = min(before + wanted, self._request.limit)
+            self._state, wanted = self._go_on_until(self._state, np.int32(until)), self._chunk
+            yield _answers(self._state)[0][:, before:]
+
+    def _texts(self, decode_text: Callable[[np.ndarray], str]) -> Iterator[list[str]]:
+        sent = [""] * len(self._state.logits)
+        for _ in self._ids():
+            answers, lengths = _answers(self._state)
+            texts = [decode_text(answer[:length]) for answer, length in zip(answers, lengths, strict=True)]
+            if not self._is_over():
+                # A letter of which some bytes are yet to come decodes to this sign, and waits.
+                texts = [text.rstrip("\ufffd") for text in texts]
+            pieces = [text[len(old) :] for text, old in zip(texts, sent, strict=True)]
+            sent = texts
+            if any(pieces):
+                yield pieces
+
+    def _is_over(self) -> bool:
+        return int(self._state.step) >= self._request.limit or bool(self._state.done.all())
+
+
+def begin_request(model: Any, params: Any, request: Request) -> State:
+    """The state after the prompt."""
+    logits, cache = prefill(model, request.slots, request.flags, params, request.inputs, request.cache)
+    vocabulary = logits.shape[-1]
+    unknown = sorted({i for word in request.config.bad_words for i in word if i >= vocabulary})
+    if unknown:
+        raise ValueError(f"bad_words_ids name {unknown}: expected ids below {vocabulary}, the model's vocabulary")
+    if request.plan.copies > 1:
+        logits, cache = repeat(request.plan.copies, logits, cache)
+    return begin(request.plan, request.prompt, request.options, logits, cache)
+
+
+def _answers(state: State) -> tuple[np.ndarray, np.ndarray]:
+    """The new tokens [rows, N], or of beams [B, K, N], and how many of them are the row's own."""
+    if isinstance(state, Beams):
+        tokens, lengths = state.finished.tokens, state.finished.lengths
+    else:
+        assert isinstance(state, Decoding)
+        tokens, lengths = state.history.tokens, state.lengths
+    tokens, lengths, end, steps = jax.device_get((tokens, lengths, state.cache.index, state.step))
+    return tokens[..., end - steps : end], lengths
+
+
+def _output(request: Request, state: State) -> GenerateOutput:
+    config = request.config
+    new, lengths = _answers(state)
+    scores = None
+    if isinstance(state, Beams):
+        best = slice(config.num_return_sequences)
+        scores = np.asarray(state.finished.scores)[:, best].reshape(-1)
+        new, lengths = new[:, best].reshape(len(scores), -1), lengths[:, best].reshape(-1)
+    new = new[:, : lengths.max(initial=0)]
+    new = np.where(np.arange(new.shape[1]) < lengths[:, None], new, config.fill_id)
+    prompts = np.repeat(request.input_ids, config.num_return_sequences, axis=0)
+    kept = {name: buffer[: int(state.step)] for name, buffer in state.kept.items()}
+    gives_cache = isinstance(state, Decoding) and (config.return_dict_in_generate or request.cache is not None)
+    return GenerateOutput(
+        sequences=np.concatenate([prompts, new], axis=1),
+        lengths=lengths,
+        sequences_scores=scores,
+        scores=kept.get("scores"),
+        logits=kept.get("logits"),
+        cache=state.cache if gives_cache else None,
+    )

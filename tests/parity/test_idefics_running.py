@@ -1,0 +1,224 @@
+"""IDEFICS run in other ways: from a cache, as a scan, recomputed, with dropout. All compute the same, none a NaN."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from flax_vlm.layers.stack import stack_params, unstack_params
+from flax_vlm.models.abstract import abstract_params
+from flax_vlm.models.idefics import IdeficsConfig, IdeficsForVisionText2Text
+from tests.compiling import jitted
+from tests.parity import idefics_cases as cases
+from tests.tolerances import FLOAT32, FLOAT64, assert_close
+
+CACHED = 1e-12  # in float64: the same operations, in other shapes
+TIED, PLAIN = cases.TIED, cases.PLAIN
+
+
+def model_of(config: IdeficsConfig, dtype: str = "float64", **options: Any) -> IdeficsForVisionText2Text:
+    return IdeficsForVisionText2Text(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), **options)
+
+
+def in_chunks(model: Any, params: Any, inputs: dict[str, Any], chunks: list[int], images_at: int = 0) -> np.ndarray:
+    """The logits of calls with `chunks` tokens each, from a cache; the images come with one of the calls.
+
+    A chunk of negative length brings no image mask: it looks at what the last token before it looked at.
+    """
+    cache, start, logits = model.init_cache(4, 11), 0, []
+    for i, chunk in enumerate(chunks):
+        stop = start + abs(chunk)
+        call = {name: inputs[name][:, start:stop] for name in ("input_ids", "attention_mask")}
+        if i >= images_at and chunk > 0:
+            call["image_attention_mask"] = inputs["image_attention_mask"][:, start:stop]
+        if i == images_at:
+            call["perceiver_embeddings"] = inputs["perceiver_embeddings"]
+        output = cases.forward(model, params, cases.to_jax(call, "float64") | {"cache": cache})
+        cache, start = output.cache, stop
+        logits.append(np.asarray(output.logits))
+    assert start == 11 == int(cache.index)
+    return np.concatenate(logits, axis=1)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
+@pytest.mark.parametrize("chunks, images_at", [([1] * 11, 0), ([5, 3, 3], 0), ([5, -3, 3], 0), ([5, 3, 3], 1)])
+def test_a_cache_changes_nothing(chunks: list[int], images_at: int, scan: bool, x64: None) -> None:
+    model, params = model_of(TIED, scan_layers=scan), cases.random_params(TIED, "float64")
+    inputs = cases.texts(padding_side="left", config=TIED) | cases.embedded_images(TIED)
+    mask = inputs["image_attention_mask"]
+    if images_at:
+        mask[:, :5] = 0  # before there were images
+    if -3 in chunks:
+        mask[:, 5:8] = mask[:, 4:5]
+    whole = cases.forward(model_of(TIED), params, cases.to_jax(inputs, "float64")).logits
+    logits = in_chunks(model, cases.stacked(params) if scan else params, inputs, chunks, images_at)
+    tokens = inputs["attention_mask"] != 0
+    assert_close(logits[tokens], whole[tokens], CACHED)
+
+
+def test_left_padding_changes_nothing() -> None:
+    """As transformers promises its users: 1e-5, here on all tokens."""
+    params = cases.random_params(PLAIN, "float32")
+    inputs = cases.texts(config=PLAIN) | cases.embedded_images(PLAIN)
+    inputs = {name: array[:1] for name, array in inputs.items()}
+    by_token = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_attention_mask")}
+    padded = inputs | {name: np.concatenate([0 * array[:, :4], array], 1) for name, array in by_token.items()}
+    arrays = [cases.to_jax(each, "float32") for each in (inputs, padded)]
+    one, other = (cases.forward(model_of(PLAIN, "float32"), params, each) for each in arrays)
+    assert_close(other.logits[:, 4:], one.logits, FLOAT32)
+
+
+def run(config: IdeficsConfig, dtype: str = "float64", inputs: Any = None, **options: Any) -> Any:
+    """((loss, output), gradients by layer); the images as what the tower makes of them."""
+    params = cases.random_params(config, dtype)
+    inputs = cases.texts(padding_side="left", config=config) | cases.embedded_images(config) | (inputs or {})
+    arrays = cases.to_jax(inputs | {"labels": cases.labels(inputs, config)}, dtype)
+    params = cases.stacked(params) if options.get("scan_layers") else params
+    result, gradients = jax.device_get(cases.loss_and_gradients(model_of(config, dtype, **options))(params, arrays))
+    return result, unstack_params(gradients)
+
+
+WAYS = [(name, True, "none") for name in cases.WHOLE]  # a scan over blocks of one, two and three layers
+WAYS += [("plain", False, "full"), ("plain", True, "full"), ("tied", False, "dots"), ("tied", True, "dots_no_batch")]
+
+
+@pytest.mark.parametrize("name, scan, remat", WAYS)
+def test_scan_and_recomputation_change_nothing(name: str, scan: bool, remat: str, x64: None) -> None:
+    config = cases.WHOLE[name]
+    expected = run(config)
+    found = run(config, scan_layers=scan, remat=remat)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[1]))
+    jax.tree.map(lambda one, other: assert_close(one, other, FLOAT64, floor=1e-4 * largest), found, expected)
+
+
+def test_recomputation_is_asked_for() -> None:
+    inputs = cases.to_jax(cases.texts(), "float32")
+    abstract = nn.meta.unbox(abstract_params(model_of(cases.RESAMPLED, "float32")))
+
+    def program(remat: Any) -> str:
+        model = model_of(cases.RESAMPLED, "float32", remat=remat)
+        return str(jax.make_jaxpr(lambda params: model.apply({"params": params}, **inputs).logits)(abstract))
+
+    assert "remat" in program("full") and "remat" not in program("none")
+
+
+@pytest.mark.parametrize("name", cases.WHOLE)
+def test_stacked_parameters_are_those_of_a_scan(name: str) -> None:
+    loop, scan = (
+        nn.meta.unbox(abstract_params(IdeficsForVisionText2Text(cases.WHOLE[name], scan_layers=scan)))
+        for scan in (False, True)
+    )
+
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.shape, tree)
+
+    assert shapes(jax.eval_shape(stack_params, loop)) == shapes(scan)
+    assert shapes(jax.eval_shape(unstack_params, scan)) == shapes(loop)
+    params = cases.random_params(cases.WHOLE[name], "float32")
+    jax.tree.map(np.testing.assert_array_equal, unstack_params(stack_params(params)), params)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
+def test_dropout(scan: bool) -> None:
+    config = replace(TIED, dropout=0.3)
+    params = cases.random_params(config, "float32")
+    params = cases.stacked(params) if scan else params
+    arrays = cases.to_jax(cases.texts(config=config) | cases.embedded_images(config), "float32")
+    model = model_of(config, "float32", scan_layers=scan)
+
+    @jitted
+    def noisy(seed: int) -> jax.Array:
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply({"params": params}, **arrays, deterministic=False, rngs=rngs).logits
+
+    off = cases.forward(model, params, arrays).logits
+    np.testing.assert_array_equal(off, cases.forward(model.clone(config=TIED), params, arrays).logits)
+    np.testing.assert_array_equal(noisy(0), noisy(0))
+    assert np.abs(noisy(0) - noisy(1)).max() > 0.1 < np.abs(noisy(0) - off).max()
+    with pytest.raises(Exception, match="dropout"):
+        model.apply({"params": params}, **arrays, deterministic=False)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_no_nan_where_there_is_nothing_to_see(dtype: str) -> None:
+    """A row without images, one whose tokens may look at none, and one of padding only."""
+    with jax.enable_x64(dtype == "float64"):
+        mask = cases.texts(padding_side="left")["attention_mask"]
+        looks = cases.images()["image_attention_mask"]
+        mask[3], looks[1] = 0, 0
+        result, gradients = run(cases.RESAMPLED, dtype, {"attention_mask": mask, "image_attention_mask": looks})
+        for leaf in jax.tree.leaves((result, gradients)):
+            assert np.isfinite(leaf.astype(float)).all()
+        result, gradients = run(cases.RESAMPLED, dtype, {"attention_mask": 0 * mask})
+        assert result[0] == 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla"])
+def test_the_mask_is_never_spread_over_image_tokens(implementation: str) -> None:
+    """8 images of 64 tokens leave out what 512 images of one token each need: a mask as wide as the image tokens."""
+    rows, tokens, width = 8, 512, 512
+    model = model_of(TIED, "float32", attention_implementation=implementation)
+    params = jax.eval_shape(lambda: cases.random_params(TIED, "float32"))
+
+    def used(images: int) -> int:
+        inputs = {
+            "input_ids": jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
+            "perceiver_embeddings": jax.ShapeDtypeStruct((rows, images, width // images, 20), jnp.float32),
+            "image_attention_mask": jax.ShapeDtypeStruct((rows, tokens, images), jnp.bool_),
+        }
+        program = jax.jit(lambda params, inputs: model.apply({"params": params}, **inputs, logits_to_keep=1).logits)
+        memory = program.lower(params, inputs).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes
+
+    assert used(8) <= used(width) - 0.9 * rows * tokens * width
+
+
+IDS = jnp.ones((2, 5), jnp.int32)
+MASK = jnp.ones((2, 5, 3), jnp.int32)
+PICTURES = jnp.zeros((2, 3, 30, 30, 3))
+LATENTS = jnp.zeros((2, 3, 6, 20))
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({}, "exactly one of input_ids or inputs_embeds"),
+    ({"input_ids": IDS, "inputs_embeds": jnp.zeros((2, 5, 36))}, "exactly one of input_ids or inputs_embeds"),
+    ({"input_ids": IDS, "attention_mask": IDS[:, 1:]}, r"attention_mask has shape \(2, 4\): expected \(2, 5\)"),
+    ({"input_ids": IDS, "pixel_values": PICTURES}, "images need an image_attention_mask"),
+    ({"input_ids": IDS, "image_attention_mask": MASK}, "came without images"),
+    ({"pixel_values": PICTURES, "perceiver_embeddings": LATENTS}, "at most one of pixel_values"),
+    ({"pixel_values": PICTURES[0]}, r"expected \[batch, images, height, width, 3\]"),
+    ({"pixel_values": PICTURES.transpose(0, 1, 4, 2, 3)}, r"transpose\(0, 1, 3, 4, 2\)"),
+    ({"pixel_values": PICTURES[:, :, 1:]}, r"\(29\*30\) doesn't match model \(30\*30\)"),
+    ({"perceiver_embeddings": LATENTS[:1]}, "expected 2 rows as of text"),
+    ({"perceiver_embeddings": LATENTS[:, :0]}, "leave images out for text alone"),
+    ({"perceiver_embeddings": LATENTS[:, :2]}, r"has shape \(2, 5, 3\): expected \(2, 5, 2\)"),
+    ({"perceiver_embeddings": LATENTS, "image_attention_mask": MASK[:, :4]}, r"expected \(2, 5, 3\)"),
+    ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"labels have shape \(2, 4\)"),
+    ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 2}, r"logits of \(2, 2\) tokens were kept"),
+    ({"input_ids": IDS, "logits_to_keep": jnp.int32(2)}, "an int that jit does not trace"),
+]
+
+
+@pytest.mark.parametrize("inputs, message", WRONG, ids=[message for _, message in WRONG])
+def test_arguments_that_do_not_belong_together(inputs: dict[str, Any], message: str, unchecked_types: None) -> None:
+    model = IdeficsForVisionText2Text(cases.RESAMPLED)
+    given = inputs if "input_ids" in inputs or not inputs else {"input_ids": IDS, "image_attention_mask": MASK} | inputs
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: model.apply({"params": cases.random_params(cases.RESAMPLED, "float32")}, **given))
+
+
+def test_embeddings_of_a_resampler_that_is_not_there(unchecked_types: None) -> None:
+    params = cases.random_params(PLAIN, "float32")
+    with pytest.raises(ValueError, match="use_resampler should be True"):
+        model_of(PLAIN, "float32").apply(
+            {"params": params}, IDS, perceiver_embeddings=LATENTS, image_attention_mask=MASK
+        )
+
+
+def test_a_full_cache_is_refused() -> None:
+    model, params = model_of(TIED, "float32"), cases.random_params(TIED, "float32")
+    with pytest.raises(ValueError, match="the cache has 4 slots, 0 of them used: 5 new tokens do not fit"):
+        model.apply({"params": params}, IDS, cache=model.init_cache(2, 4))
