@@ -10,8 +10,8 @@ import pytest
 
 import flax_vlm
 from flax_vlm import checkpoint, convert
-from tests.convert.test_port import write_hf
 from flax_vlm.whole_folder import whole_folder
+from tests.convert.test_port import write_hf
 from tests.parity import altclip_cases as cases
 from tests.tolerances import FLOAT32_REORDERED, assert_close
 
