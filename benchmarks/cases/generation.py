@@ -100,7 +100,7 @@ def theirs(sizes: dict[str, Any], batch: int, dtype: str, new: int) -> Work:
     torch.manual_seed(0)
     torch_dtype = getattr(torch, dtype)
     config = IdeficsConfig(**sizes)
-    model = IdeficsForVisionText2Text._from_config(config, attn_implementation="sdpa", dtype=torch_dtype).eval()
+    model: Any = IdeficsForVisionText2Text._from_config(config, attn_implementation="sdpa", dtype=torch_dtype).eval()
     prompt: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs(sizes, batch).items()}
     prompt["input_ids"] = prompt["input_ids"].long()
     prompt["image_encoder_embeddings"] = prompt["image_encoder_embeddings"].to(torch_dtype)
