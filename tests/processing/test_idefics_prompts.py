@@ -156,7 +156,7 @@ def test_missing_files_are_named(base_folder, tmp_path):
         ([user("<image>")], "got <image> in a text"),
         ([{"role": "user", "content": [{"type": "image", "url": "https://example.org/cat.png"}]}], "Download it"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,  # a picture prints its address
 )
 def test_refusals_say_what_to_do(processor, prompts, message):
     with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
