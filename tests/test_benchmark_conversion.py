@@ -73,7 +73,7 @@ def test_names_and_shapes_one_by_one():
 def test_a_smaller_model_keeps_whole_layers_and_says_how_many():
     whole = names.read("idefics-9b")
     model = whole.cut(6 * 10**9)
-    assert 5 * 10**9 < model.nbytes <= 6 * 10**9
+    assert 4 * 10**9 < model.nbytes <= 6 * 10**9  # an eighth of the layers more would be too much
     assert model.tensors.items() < whole.tensors.items()
     layers = model.config["num_hidden_layers"]
     assert f"model.layers.{layers - 1}.self_attn.q_proj.weight" in model.tensors
@@ -111,10 +111,11 @@ def test_a_sparse_checkpoint_takes_no_room(tmp_path):
     assert {name: info.shape for name, info in found.items()} == model.tensors
 
 
-def test_stand_in_rows_go_there_and_back(tiny, tmp_path):
+def test_stand_in_rows_go_there_and_back(tiny, tmp_path, monkeypatch):
     model = names.read("idefics-9b")
     make_checkpoint(tmp_path / PYTORCH, model)
-    assert not worker.is_known(tmp_path / PYTORCH)
+    assert worker.is_known(tmp_path / PYTORCH)
+    monkeypatch.setattr(worker, "is_known", lambda folder: False)
     worker.convert(tmp_path)
     worker.export(tmp_path, "20KB")
     made, exported = (TorchFiles.open(tmp_path / folder) for folder in (PYTORCH, EXPORTED))
@@ -224,11 +225,10 @@ def test_memory_of_its_own_and_pages_of_files_are_told_apart(tmp_path):
 
 def test_a_plan_of_the_largest_model(tmp_path):
     text = dry_run.plan(names.read("idefics-80b"), tmp_path)
-    assert text.startswith("idefics-80b: 1603 parameters from 1603 tensors, 159,935,687,248 bytes in 33 files")
+    assert text.startswith("idefics-80b: 1,603 parameters, 159,935,687,248 bytes to write in ")
+    assert "; 1603 tensors in 33 files by its table, planned in" in text
     assert list(tmp_path.iterdir()) == []
-    assert "AltCLIP: 787 parameters from 787 tensors, 1,728,372,226 bytes in 1 files, by its table" in dry_run.plan(
-        names.read("AltCLIP"), tmp_path
-    )
+    assert "; 1054 tensors in 6 files by stand-in rows" in dry_run.plan(names.read("glm-4v-9b"), tmp_path)
 
 
 def test_the_table():

@@ -33,7 +33,7 @@ def spinner():
 @pytest.mark.torch
 def test_one_command_prints_the_table_and_writes_json(tmp_path, capsys):
     path = tmp_path / "new" / "out.json"
-    status = command_line.main(["--quick", "--allow-busy", "--json", str(path), "batch 1,", "float32"])
+    status = command_line.main(["--quick", "--allow-busy", "--json", str(path), "AltCLIP", "batch 1,", "float32"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert status == 0
     assert len(table) == 4  # header, rule, two contestants

@@ -40,17 +40,18 @@ def cases(quick: bool) -> list[Case]:
     sizes = SMALL if quick else IDEFICS_630M
     chosen = [
         Case(
-            f"sum of {count:,} {dtype}: memory bandwidth",
+            f"sum of 2.5 GB of {dtype}: memory bandwidth",
             {"flax_vlm": partial(our_sum, count, dtype), "torch sdpa": partial(their_sum, count, dtype)},
         )
         for dtype, count in (("float32", 10**6 if quick else 630 * 10**6),)
     ]
     for dtype in ("float32", "bfloat16"):
         for batch in (1, 8):
-            for new in (1, 8 if quick else 64):
+            for new in (1, 64):
+                tokens = min(new, 8) if quick else new
                 contestants = {
-                    "flax_vlm": partial(ours, sizes, batch, dtype, new),
-                    "torch sdpa": partial(theirs, sizes, batch, dtype, new),
+                    "flax_vlm": partial(ours, sizes, batch, dtype, tokens),
+                    "torch sdpa": partial(theirs, sizes, batch, dtype, tokens),
                 }
                 chosen.append(Case(f"IDEFICS 630M, {PROMPT} tokens and {new} new, batch {batch}, {dtype}", contestants))
     return chosen

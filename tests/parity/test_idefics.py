@@ -142,10 +142,11 @@ def test_arguments_of_the_decoder(x64: None) -> None:
 
 
 def test_images_that_the_tower_has_seen(x64: None) -> None:
-    """With a resampler behind it, a mask of fractions, no padding, and logits at chosen places."""
+    """With a resampler behind it, a mask of fractions, padding between the tokens, and logits at chosen places."""
     rng = np.random.default_rng(5)
     inputs = {
         "input_ids": cases.texts()["input_ids"],
+        "attention_mask": np.maximum(rng.integers(0, 2, (4, 11)), np.arange(11) == 0),
         "image_encoder_embeddings": rng.standard_normal((4, 3, 23, cases.VISION.embed_dim)),
         "image_attention_mask": rng.choice([0.0, 0.25, 1.0], (4, 11, 3)),
         "logits_to_keep": np.array([7, 0, 10]),
@@ -205,7 +206,8 @@ def errors(config: IdeficsConfig, inputs: dict[str, Any], dtype: str, seeds: int
 
 def test_bfloat16_is_as_close_to_float64_as_torch_is() -> None:
     inputs = cases.texts(20, config=cases.PLAIN) | cases.images(20)
-    assert errors(cases.PLAIN, inputs, "bfloat16", seeds=3) <= BFLOAT16_RATIO
+    # Of one set of weights ours is 0.89 to 1.11 times as far off as torch; over ten the luck of rounding evens out.
+    assert errors(cases.PLAIN, inputs, "bfloat16", seeds=10) <= BFLOAT16_RATIO
 
 
 def test_a_prompt_of_600_tokens_in_float32() -> None:
