@@ -16,6 +16,9 @@ FLOAT32_REORDERED = 1e-5
 # bfloat16 keeps 8 bits, and two right programs differ in the last of them: ours and torch are each compared with
 # float64, by the RMS of their errors, and ours must not be further off (0.8 to 0.92 of torch's was measured).
 BFLOAT16_RATIO = 1.0
+# IDEFICS' decoder rounds where torch does, so that neither is closer: 0.89 to 1.11 by the weights, and 1.00 in the
+# geometric mean over ten sets of them, whose standard error is 0.02.
+BFLOAT16_RATIO_DECODER = 1.05
 
 
 def error(actual: object, expected: object, floor: float = 0.0) -> float:

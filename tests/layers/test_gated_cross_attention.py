@@ -115,6 +115,26 @@ def test_shut_gates_leave_all_as_it_was(x64: None) -> None:
     np.testing.assert_array_equal(apply(layer, params_of(layer)), STATES)
 
 
+def test_dropout_falls_on_weights_and_on_what_is_added(x64: None) -> None:
+    layer = layer_of(dropout=0.5)
+    params = params_of(layer) | {"alpha_dense": jnp.zeros((1, 1, D))}
+    sees = jnp.ones((B, T, NUM_IMAGES), bool)
+
+    def add(layer: GatedCrossAttention, states: Any, images: Any, deterministic: bool) -> jax.Array:
+        return layer(states, layer.project(images), sees, deterministic) - states
+
+    def attend(layer: GatedCrossAttention, states: Any, images: Any, deterministic: bool) -> jax.Array:
+        return layer.cross_attn(states, layer.project(images), sees, deterministic)
+
+    def draw(method: Any, seed: int | None) -> np.ndarray:
+        rngs = {} if seed is None else {"dropout": jax.random.key(seed)}
+        arrays = jnp.asarray(STATES), jnp.asarray(IMAGES), seed is None
+        return np.asarray(layer.apply({"params": params}, *arrays, method=method, rngs=rngs))
+
+    assert 0.35 < (draw(add, 0) == 0).mean() < 0.65 and not (draw(add, None) == 0).any()
+    assert (draw(attend, 0) != draw(attend, 1)).all() and (draw(attend, 0) != draw(attend, None)).all()
+
+
 @pytest.mark.parametrize("kind", ["float", "vector"])
 @pytest.mark.parametrize("start", ["zeros", "ones", "normal", "gaussian", "random"])
 def test_gates_start_as_they_are_told(start: Any, kind: Any) -> None:

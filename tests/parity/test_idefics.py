@@ -15,7 +15,7 @@ import pytest
 from flax_vlm import convert
 from flax_vlm.models.idefics import IdeficsConfig, IdeficsForVisionText2Text, IdeficsModel
 from tests.parity import idefics_cases as cases
-from tests.tolerances import BFLOAT16_RATIO, FLOAT32, FLOAT64, assert_close, assert_gradients_close
+from tests.tolerances import BFLOAT16_RATIO_DECODER, FLOAT32, FLOAT64, assert_close, assert_gradients_close
 
 pytestmark = pytest.mark.torch
 
@@ -190,9 +190,9 @@ def test_attentions_are_those_of_the_eager_path(x64: None) -> None:
 
 
 def errors(config: IdeficsConfig, inputs: dict[str, Any], dtype: str, seeds: int) -> float:
-    """The RMS of our errors in `dtype`, over that of torch's: each against torch in float64."""
+    """The RMS of our errors in `dtype` over that of torch's, each against float64; the geometric mean over seeds."""
     tokens = inputs["attention_mask"] != 0
-    squares = np.zeros(2)
+    squares = []
     for seed in range(seeds):
         theirs = cases.torch_model(config, dtype, seed=seed)
         state = {name: value.float().numpy() for name, value in theirs.state_dict().items()}
@@ -200,14 +200,14 @@ def errors(config: IdeficsConfig, inputs: dict[str, Any], dtype: str, seeds: int
         ours = cases.forward(model_of(config, dtype), params, cases.to_jax(inputs, dtype)).logits
         expected = theirs(**cases.to_torch(inputs, dtype)).logits.detach().double().numpy()
         truth = theirs.double()(**cases.to_torch(inputs, "float64")).logits.detach().numpy()
-        squares += [np.mean(np.square(each - truth)[tokens]) for each in (np.asarray(ours, float), expected)]
-    return float(np.sqrt(squares[0] / squares[1]))
+        squares.append([np.mean(np.square(each - truth)[tokens]) for each in (np.asarray(ours, float), expected)])
+    mine, torchs = np.log(squares).T
+    return float(np.exp(np.mean(mine - torchs) / 2))
 
 
 def test_bfloat16_is_as_close_to_float64_as_torch_is() -> None:
     inputs = cases.texts(20, config=cases.PLAIN) | cases.images(20)
-    # Of one set of weights ours is 0.89 to 1.11 times as far off as torch; over ten the luck of rounding evens out.
-    assert errors(cases.PLAIN, inputs, "bfloat16", seeds=10) <= BFLOAT16_RATIO
+    assert errors(cases.PLAIN, inputs, "bfloat16", seeds=10) <= BFLOAT16_RATIO_DECODER
 
 
 def test_a_prompt_of_600_tokens_in_float32() -> None:
