@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import flax_vlm
 from flax_vlm import array_files, checkpoint, convert
-from flax_vlm.array_files import ArrayFiles, chunk_shape, part_shape
+from flax_vlm.array_files import ArrayFiles, chunk_shape
 from flax_vlm.layers.param_tree import flatten_params
 from tests.convert.test_port import write_hf
 
@@ -76,7 +76,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:  # many chunks
         patch.setattr(array_files, "BLOCK", 1200)
         patch.setattr(array_files, "CHUNK", 500)
-        patch.setattr(array_files, "PART", 100)
         convert.to_flax(folder / "hf", folder / "native")
     return folder / "native"
 
@@ -200,38 +199,12 @@ def test_chunks(shape: list[int], itemsize: int, axis: int, block: int, chunk: i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(array_files, "BLOCK", block)
         patch.setattr(array_files, "CHUNK", min(chunk, block))
-        patch.setattr(array_files, "PART", min(chunk, block) // 10)
         chunks = chunk_shape(tuple(shape), itemsize, axis)
-        parts = part_shape(chunks, itemsize)
     assert all(1 <= size <= whole for size, whole in zip(chunks, shape, strict=True))
     size = math.prod(chunks) * itemsize
     assert size <= min(chunk, block) or set(chunks) == {1}
-    assert all(whole % part == 0 for whole, part in zip(chunks, parts, strict=True))
-    assert math.prod(parts) * itemsize <= min(chunk, block) // 10 or all(size % 2 for size in parts)
     row = math.prod(shape) // shape[axis] * itemsize
     assert chunks[axis] * row <= max(block, row) + 127 * row  # a multiple of 128 rows may be a little more
-
-
-@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (11008, 4096), (32000, 4096), (4096, 32000)])
-@pytest.mark.parametrize("stream_axis", [0, 1])
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("ways, times", [(8, 1.5), (32, 3.0)])
-def test_a_slice_costs_little_more_than_its_bytes(
-    shape: tuple[int, int], stream_axis: int, itemsize: int, ways: int, times: float
-) -> None:
-    """Of the matrices of a 9B model, each of the slices that a mesh asks for, along either axis."""
-    parts = part_shape(chunk_shape(shape, itemsize, stream_axis), itemsize)
-    for axis, part in enumerate(parts):
-        size = shape[axis] // ways
-        touched = [part * (-(-(start + size) // part) - start // part) for start in range(0, shape[axis], size)]
-        assert sum(touched) <= times * shape[axis], f"{parts}, axis {axis}: {sum(touched)} of {shape[axis]}"
-
-
-def test_parts_are_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(array_files, "PART", 256)
-    array = array_files.create_array(tmp_path / "array", (64, 48), np.dtype(np.float32), (32, 48))
-    assert array.chunk_layout.write_chunk.shape == (32, 48)
-    assert array.chunk_layout.read_chunk.shape == part_shape((32, 48), 4) == (8, 6)
 
 
 def test_chunks_of_nothing() -> None:
