@@ -29,7 +29,6 @@ from flax_vlm.convert.torch_files import BY_NAME, InMemory, TorchFiles
 from flax_vlm.convert.torch_writer import write_tensors
 from flax_vlm.layers.param_tree import is_float
 from flax_vlm.whole_folder import whole_folder
-from tests.convert.killed import fsync
 from tests.convert.written import write_torch
 
 ROOT = Path(__file__).parent.parent.parent
@@ -89,7 +88,7 @@ def count_nonfinite(array: np.ndarray) -> int:
     return int(np.count_nonzero(~np.isfinite(array.astype(np.float64)))) if is_float(array.dtype) else 0
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(
     table=tables(),
     block=st.sampled_from([1, 500, 2000, 8000]),
@@ -107,9 +106,8 @@ def test_there_and_back(
         for module in (array_files, torch_writer):
             patch.setattr(module, "BLOCK", block)
         patch.setattr(array_files, "CHUNK", chunk)
-        patch.setattr(array_files, "PART", chunk // 4)
         patch.setattr(stream, "PIECE", 64)
-        patch.setattr(os, "fsync", fsync)
+        patch.setattr(os, "fsync", lambda _: None)  # nothing dies here, and disks are slow
         files = InMemory(state)
         sources = plan_read(rules, files.tensors, params)
         with whole_folder(folder / "native") as draft:
@@ -215,6 +213,7 @@ from flax_vlm.convert.rules import Rule, linear, plan_read, plan_write
 from flax_vlm.convert.torch_files import TensorInfo, TorchFiles
 from flax_vlm.convert.torch_writer import write_tensors
 from flax_vlm.whole_folder import whole_folder
+from tests.convert.written import write_torch
 
 def anonymous():  # what is not page cache
     lines = Path("/proc/self/status").read_text().splitlines()
