@@ -44,6 +44,15 @@ OTHERS = ("relu", "relu2", "relu6", "leaky_relu", "silu", "swish", "mish", "tanh
 
 
 @pytest.mark.torch
+def test_a_row_alone_is_the_row_among_others() -> None:
+    rows, kernel = (jnp.asarray(RNG.standard_normal(shape), jnp.bfloat16) for shape in ((3, 5), (5, 7)))
+    product = jax.jit(jax.value_and_grad(lambda rows: matmul(rows, kernel).sum()))
+    alone = [product(row) for row in (rows[0], rows[1:2], rows[2:, None])]
+    _, gradient = product(rows)
+    np.testing.assert_array_equal(np.concatenate([each.reshape(1, 5) for _, each in alone]), gradient)
+    np.testing.assert_array_equal(matmul(rows[2:, None], kernel)[:, 0], matmul(rows, kernel)[2:])
+
+
 @pytest.mark.parametrize("name", GELUS + OTHERS)
 def test_activations_are_those_of_transformers(name: str) -> None:
     import torch
