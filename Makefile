@@ -13,7 +13,7 @@ PYTEST = JAX_PLATFORMS=cpu $(1)/bin/python -m pytest -n $(WORKERS) --dist workst
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: environment ## convert the small AltCLIP checkpoint of this repository and let it read handwritten digits
+demo: environment ## convert the two small checkpoints of this repository; one reads handwritten digits, one talks about them
 	.venv/bin/flax-vlm demo
 
 test: environment ## every test that a user would run, on the CPU

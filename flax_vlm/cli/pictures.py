@@ -76,18 +76,17 @@ def embed(
 
 @app.command
 def demo(
-    example: Path = Path(__file__).parents[2] / "examples" / "altclip-digits",
-    output: Path = Path("demo-output"),
+    examples: Path = Path(__file__).parents[2] / "examples", output: Path = Path("demo-output")
 ) -> None:
-    """Convert the small AltCLIP of this repository and let it read handwritten digits in six languages.
+    """Convert the two small models of this repository: one reads handwritten digits, one talks about them.
 
     Args:
-        example: Its folder in a checkout of the repository.
+        examples: The folder of that name in a checkout of the repository.
         output: Folder for the contact sheet.
     """
     from flax_vlm import demo
 
-    demo.run(example, output)
+    demo.run(examples, output)
 
 
 def _pictures(paths: Sequence[Path]) -> list[Path]:

@@ -1,68 +1,77 @@
-"""The demo: a PyTorch AltCLIP is converted, reads handwritten digits in six languages, and shows what it read.
+"""The demo: two PyTorch checkpoints are converted; an AltCLIP reads handwritten digits, an IDEFICS talks about them.
 
-The example folder, examples/altclip-digits, holds all it needs: the checkpoint, pictures that the model never saw, the
-words and sentences of each language, and fonts. Nothing is downloaded; torch and transformers are not used.
+The folders examples/altclip-digits and examples/idefics-digits hold all it needs: the checkpoints, pictures that the
+models never saw, the words and sentences of each language, and fonts. Nothing is downloaded; torch and transformers are
+not used.
 
 A pictures   L languages
 """
 
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import UInt8
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import flax_vlm
 from flax_vlm.demo.contact_sheet import draw
+from flax_vlm.demo.conversation import converse, talk_table
 from flax_vlm.demo.reading import EXAMPLE_WORD, Language, Reading, read_held_out, read_languages, read_pictures
+from flax_vlm.demo.talking import Question, Speech, Talk, ask, ask_held_out, make_questions, read_speeches
+from flax_vlm.demo.terminal import converted, step, thumbnail
 
-__all__ = ["EXAMPLE_WORD", "Language", "Reading", "read_held_out", "read_languages", "read_pictures", "run"]
+__all__ = [
+    "EXAMPLE_WORD",
+    "Language",
+    "Question",
+    "Reading",
+    "Speech",
+    "Talk",
+    "accuracy_table",
+    "ask",
+    "ask_held_out",
+    "make_questions",
+    "pictures_table",
+    "read_held_out",
+    "read_languages",
+    "read_pictures",
+    "read_speeches",
+    "run",
+    "talk_table",
+]
 
 SHEET = "digits.png"
 
 
-def run(example: Path, output: Path) -> None:
-    """Converts the example's checkpoint, reads its held-out digits, prints what it reads, and draws it.
+def run(examples: Path, output: Path) -> None:
+    """Converts both checkpoints, prints what AltCLIP reads, draws it, and prints what IDEFICS answers.
 
     The picture is `output`/digits.png; the folder is made where it is missing.
 
-    Raises:
-      ValueError: when `example` is not the folder of the example.
-    """
-    if not (example / "heldout.npz").is_file():
-        raise ValueError(
-            f"{example}: expected the folder altclip-digits of this project's examples; there is no heldout.npz"
-        )
-    from flax_vlm import convert
+    Args:
+      examples: the folder with altclip-digits and idefics-digits.
 
+    Raises:
+      ValueError: when it is another.
+    """
+    reading, talking = examples / "altclip-digits", examples / "idefics-digits"
+    for example in (reading, talking):
+        if not (example / "heldout.npz").is_file():
+            raise ValueError(f"{examples}: expected the folder of this project's examples; {example.name} is not there")
     console = Console()
-    with tempfile.TemporaryDirectory() as folder:
-        native = Path(folder) / "altclip-digits"
-        with _step(console, f"Converting {example / 'checkpoint'} from PyTorch to JAX"):
-            convert.to_flax(example / "checkpoint", native)
-        with _step(console, "Loading it with flax_vlm.from_pretrained"):
-            vlm = flax_vlm.from_pretrained(native)
-    with _step(console, "Compiling the model, and reading 360 digits in six languages"):
+    sheet = read_aloud(console, reading)
+    with step(console, f"Drawing {output / SHEET}"):
+        output.mkdir(parents=True, exist_ok=True)
+        draw(sheet, reading / "fonts").save(output / SHEET, optimize=True)
+    converse(console, talking)
+
+
+def read_aloud(console: Console, example: Path) -> Reading:
+    """Converts the example's checkpoint, reads its held-out digits, and prints what it reads."""
+    vlm = converted(console, example)
+    with step(console, "Compiling the model, and reading 360 digits in six languages"):
         reading = read_held_out(vlm, example)
     console.print(accuracy_table(reading), pictures_table(reading, console.color_system is not None))
-    with _step(console, f"Drawing {output / SHEET}"):
-        output.mkdir(parents=True, exist_ok=True)
-        draw(reading, example / "fonts").save(output / SHEET, optimize=True)
-
-
-@contextmanager
-def _step(console: Console, what: str) -> Iterator[None]:
-    """Says what is being done, and how long it took."""
-    console.print(f"{what} ...", highlight=False, soft_wrap=True, end=" ")
-    start = time.perf_counter()
-    yield
-    console.print(f"[dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
+    return reading
 
 
 def accuracy_table(reading: Reading) -> Table:
@@ -92,17 +101,3 @@ def pictures_table(reading: Reading, coloured: bool) -> Table:
             cells.append(Text(answer, "green") if right else Text(f"{answer} ✗", "bold red"))
         table.add_row(*cells)
     return table
-
-
-def thumbnail(image: UInt8[np.ndarray, "8 8"], coloured: bool) -> Text:
-    """A picture in four lines of eight characters, each of which is two pixels, one above the other."""
-    text = Text()
-    for above, below in zip(image[::2].tolist(), image[1::2].tolist(), strict=True):
-        for top, bottom in zip(above, below, strict=True):
-            if coloured:
-                text.append("▀", f"rgb({top},{top},{top}) on rgb({bottom},{bottom},{bottom})")
-            else:
-                text.append(" ▄▀█"[2 * (top > 127) + (bottom > 127)])
-        text.append("\n")
-    text.rstrip()
-    return text

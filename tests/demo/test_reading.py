@@ -1,6 +1,5 @@
-"""The example from end to end: the committed PyTorch checkpoint is converted, and reads pictures it has never seen."""
+"""The AltCLIP from end to end: the committed PyTorch checkpoint is converted, and reads pictures it has never seen."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from flax_vlm import convert, demo
 from flax_vlm.demo import contact_sheet
 from tests.tolerances import FLOAT32, assert_close
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "altclip-digits"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "altclip-digits"
 CHECKPOINT = EXAMPLE / "checkpoint"
 LANGUAGES = demo.read_languages(EXAMPLE)
 
@@ -44,22 +43,6 @@ def test_the_model_card_reports_what_is_measured(reading):
         assert row in card, "run examples/altclip-digits/evaluate.py --write-card"
 
 
-def test_run_prints_and_draws(tmp_path, capsys):
-    demo.run(EXAMPLE, tmp_path / "new" / "folder")
-    printed = capsys.readouterr().out
-    for language in LANGUAGES:
-        assert language.language in printed and language.prompt(demo.EXAMPLE_WORD) in printed
-    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [demo.SHEET]
-    with Image.open(tmp_path / "new" / "folder" / demo.SHEET) as sheet:
-        assert sheet.size == contact_sheet.SIZE
-        assert len(sheet.convert("RGB").getcolors(1 << 24)) > 100
-
-
-def test_run_says_what_it_needs(tmp_path):
-    with pytest.raises(ValueError, match=r"expected the folder altclip-digits .* no heldout\.npz"):
-        demo.run(tmp_path, tmp_path)
-
-
 def test_hardest_are_the_least_certain():
     certainty = np.array([0.9, 0.2, 0.99, 0.05])
     probabilities = np.zeros((4, 1, 10))
@@ -85,9 +68,8 @@ def test_sentences_and_fonts(language, vlm):
 
 def test_held_out_pictures_are_not_trained_on():
     pytest.importorskip("sklearn")
-    spec = importlib.util.spec_from_file_location("pictures", EXAMPLE / "pictures.py")
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
+    from examples import pictures
+
     training, held_out = pictures.load()
     with np.load(EXAMPLE / "heldout.npz") as file:
         np.testing.assert_array_equal(file["images"], held_out.images)
@@ -97,20 +79,15 @@ def test_held_out_pictures_are_not_trained_on():
 
 
 @pytest.mark.torch
-def test_transformers_reads_the_same(vlm, caplog, recwarn):
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
-    transformers.logging.enable_propagation()
-    try:
-        model, info = transformers.AltCLIPModel.from_pretrained(CHECKPOINT, output_loading_info=True)
-        processor = transformers.AutoProcessor.from_pretrained(CHECKPOINT)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
-    finally:
-        transformers.logging.disable_propagation()
-    assert not any(info.values()), info
-    assert not caplog.messages
-    assert not recwarn.list
+@pytest.mark.usefixtures("silent_transformers")
+def test_transformers_reads_the_same(vlm):
+    import torch
+    import transformers
 
+    model, info = transformers.AltCLIPModel.from_pretrained(CHECKPOINT, output_loading_info=True)
+    assert not any(info.values()), info
+    processor = transformers.AutoProcessor.from_pretrained(CHECKPOINT)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
     texts = [language.prompt(digit) for language in LANGUAGES for digit in range(10)]
     with np.load(EXAMPLE / "heldout.npz") as file:
         images = [Image.fromarray(image) for image in file["images"][:60]]
