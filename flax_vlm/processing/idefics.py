@@ -79,6 +79,7 @@ class IdeficsProcessor:
         truncation: bool = False,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        pad_images_to_multiple_of: int | None = None,
         add_eos_token: bool = False,
         add_end_of_utterance_token: bool | None = None,
         add_generation_prompt: bool = False,
@@ -96,6 +97,7 @@ class IdeficsProcessor:
             list of pictures each, which follow it.
           padding, padding_side, truncation, max_length, pad_to_multiple_of: as in `Tokenizer`. LLaMA's side is the
             left unless its files say otherwise. Where tokens are cut off, their pictures go too.
+          pad_images_to_multiple_of: rounds I up, so that prompts of other numbers of pictures run the same program.
           add_eos_token: ends each prompt with `</s>`, for training.
           add_end_of_utterance_token: puts `<end_of_utterance>` between two texts of a list that follow each other; by
             default where the tokenizer lists it as special, which those of the instruct models do.
@@ -122,6 +124,8 @@ class IdeficsProcessor:
             add_special_tokens=False,
         )
         most = max(int(dummy_image), *map(len, pictures))
+        if pad_images_to_multiple_of:
+            most = -(-most // pad_images_to_multiple_of) * pad_images_to_multiple_of
         if most:
             ids, image_id = out["input_ids"], self.tokenizer.backend.token_to_id(IMAGE)
             if truncation:

@@ -226,6 +226,17 @@ def test_text_alone_brings_no_pictures(processor):
     np.testing.assert_array_equal(processor("two cats")["input_ids"], processor(["two cats"])["input_ids"])
 
 
+def test_numbers_of_pictures_are_rounded_up(processor):
+    batch = [["a", A, B, "b", C], [B], ["b"]]
+    plain, rounded = processor(batch), processor(batch, pad_images_to_multiple_of=2)
+    assert rounded["pixel_values"].shape == (3, 4, 18, 18, 3) and not rounded["pixel_values"][:, 3].any()
+    assert not rounded["image_attention_mask"][..., 3].any()
+    for name in ("pixel_values", "image_attention_mask"):
+        axis = 1 if name == "pixel_values" else 2
+        np.testing.assert_array_equal(np.take(rounded[name], range(3), axis), plain[name])
+    assert "pixel_values" not in processor(["b"], pad_images_to_multiple_of=2)
+
+
 @pytest.mark.parametrize(
     ("special", "expected"),
     [
