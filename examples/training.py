@@ -30,7 +30,7 @@ class State(NamedTuple):
 def initial_params(model: Any, seed: int) -> Any:
     """Random parameters, without the names of their axes."""
     example_inputs: dict[str, Any] = model.example_inputs()
-    return nn.meta.unbox(jax.jit(model.init)(jax.random.key(seed), **example_inputs)["params"])
+    return nn.meta.unbox(model.init(jax.random.key(seed), **example_inputs)["params"])
 
 
 def train(
