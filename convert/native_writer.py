@@ -1,6 +1,7 @@
 """Parameters written as a native checkpoint's arrays, straight from the files they are in."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -87,12 +88,17 @@ def write_array(place: Any, source: Source, files: Reader, dtype: Any, stream: S
             block = cast(source.transform.to_torch(source.read(files, index)), dtype)
             content.add(block)
             ours = packed(source.transform.to_flax(block))
-            writes.append(store[index].write(ours, can_reference_source_data_indefinitely=True))
-            if len(writes) > 1:
-                _settle(writes.popleft(), place)
+            # Each chunk a write of its own: one of several chunks fails with the first of them, while others go on.
+            target = store[index].translate_to[(0,) * ours.ndim]
+            pieces = list(itertools.product(*map(row_blocks, ours.shape, chunks)))
+            for piece in pieces:
+                writes.append(target[piece].write(ours[piece], can_reference_source_data_indefinitely=True))
+            while len(writes) > len(pieces):
+                _settle(writes[0], place)
+                writes.popleft()
             stream.passed(source.flax, ours.nbytes)
-        while writes:
-            _settle(writes.popleft(), place)
+        for write in writes:
+            _settle(write, place)
     finally:
         for write in writes:  # after an error: nothing may still be writing into a draft that is removed
             write.exception()

@@ -1,9 +1,10 @@
 """The arrays of a native checkpoint: its folder `params/`, one zarr array a parameter, laid out as Orbax reads it.
 
 Opening reads names, shapes and dtypes only; reading takes a whole array or a slice of it, through tensorstore. Neither
-needs JAX. Arrays are stored uncompressed in chunks of about 8 MiB, so that a slice costs little more than its own bytes
-and a conversion holds little more than a chunk. `publish` has Orbax write what it keeps beside the arrays; what is then
-there restores with orbax.checkpoint.StandardCheckpointer, onto any mesh.
+needs JAX. Arrays are stored uncompressed in chunks of about 8 MiB, so that a conversion holds little more than a chunk.
+A slice costs all chunks that it touches: little more than its own bytes along the axis that was streamed (PyTorch's
+rows), up to all of the array across it. `publish` has Orbax write what it keeps beside the arrays; what is then there
+restores with orbax.checkpoint.StandardCheckpointer, onto any mesh.
 """
 
 import contextlib

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from flax_vlm import array_files
 from flax_vlm.array_files import ArrayFiles
-from flax_vlm.convert import stream, torch_writer
+from flax_vlm.convert import native_writer, stream, torch_writer
 from flax_vlm.convert.errors import ConversionError
 from flax_vlm.convert.native_writer import write_params
 from flax_vlm.convert.rules import Axes, Rule, Target, Tied, conv, identity, linear, plan_read, plan_write
@@ -198,6 +198,26 @@ def test_tied_tensors_that_differ_leave_nothing(tmp_path: Path, monkeypatch: pyt
     state["two"][499, 49] = 2
     refused = pytest.raises(ConversionError, match="two was expected to equal one")
     with refused, whole_folder(tmp_path / "target", job=1) as draft:
+        write_params(draft, sources, files)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_one_chunk_fails_the_others_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thousands of chunks some cannot be written: nothing writes on into a draft that is removed."""
+    monkeypatch.setattr(array_files, "CHUNK", 64)
+    create = native_writer.create_array
+
+    def obstructed(folder: Any, *arguments: Any) -> Any:
+        store = create(folder, *arguments)
+        for chunk in range(0, 3000, 100):
+            (folder / "c" / "0" / str(chunk)).mkdir(parents=True)  # where a file is to be
+        return store
+
+    monkeypatch.setattr(native_writer, "create_array", obstructed)
+    state = {"row": np.ones((1, 48_000), np.float32)}
+    files = InMemory(state)
+    sources = plan_read([Rule("row", "row")], files.tensors, state)
+    with pytest.raises(IsADirectoryError), whole_folder(tmp_path / "target") as draft:
         write_params(draft, sources, files)
     assert list(tmp_path.iterdir()) == []
 

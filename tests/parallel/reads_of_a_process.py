@@ -25,8 +25,8 @@ def unique_shards(leaf: jax.Array) -> dict[str, Any]:
     return {str(shard.index): shard for shard in leaf.addressable_shards}
 
 
-def read_what_is_held(folder: Path, files: type, sizes: dict[str, int]) -> tuple[int, int]:
-    """Loads a checkpoint onto a mesh; how many bytes of how many were read."""
+def read_what_is_held(folder: Path, files: type, sizes: dict[str, int]) -> tuple[int, dict[str, jax.Array]]:
+    """Loads a checkpoint onto a mesh; how many bytes were read, and the parameters."""
     asked: dict[str, list[tuple[Any, ...]]] = {}
     from_files = Counter()
     place, read = parallel.place, files.read
@@ -50,7 +50,8 @@ def read_what_is_held(folder: Path, files: type, sizes: dict[str, int]) -> tuple
     parallel.place, files.read = place, read
 
     held, split_axes = 0, set()
-    for path, leaf in flatten_params(vlm.params).items():
+    params = flatten_params(vlm.params)
+    for path, leaf in params.items():
         shards = unique_shards(leaf)
         assert len(set(asked[path])) == len(asked[path]) == len(shards), f"{path}: {asked[path]} for {[*shards]}"
         held += sum(shard.data.nbytes for shard in shards.values())
@@ -59,7 +60,7 @@ def read_what_is_held(folder: Path, files: type, sizes: dict[str, int]) -> tuple
             split_axes |= {axis for axis in (0, 1) if part[axis] < leaf.shape[axis]}
     assert from_files["asked"] == from_files["read"] == held, (from_files, held)
     assert split_axes == ({0, 1} if "fsdp" in sizes else set()), "along torch's columns and its rows"
-    return held, sum(leaf.nbytes for leaf in jax.tree.leaves(vlm.params))
+    return held, params
 
 
 def restore_with_orbax(folder: Path, sizes: dict[str, int]) -> None:
@@ -90,7 +91,8 @@ def main(folder: Path, processes: int, process: int, address: str) -> None:
     assert len(jax.devices()) == 8 and len(jax.local_devices()) == 8 // processes
     for name, sizes in MESHES.items():
         for layout, files in (("hf", TorchFiles), ("native", ArrayFiles)):
-            held, whole = read_what_is_held(folder / layout, files, sizes)
+            held, params = read_what_is_held(folder / layout, files, sizes)
+            whole = sum(leaf.nbytes for leaf in params.values())
             assert (held < whole) == (processes > 1 and "fsdp" in sizes), f"{held} of {whole} bytes"
             print(f"{name}, {layout}: {held / whole:.2f}")
     if processes == 1:
