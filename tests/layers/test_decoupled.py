@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import linen as nn
 
 from flax_vlm.layers.decoupled import DecoupledEmbed, DecoupledHead
@@ -59,11 +58,12 @@ def test_head(x64: None) -> None:
     assert_close(layer.apply(params, jnp.asarray(states)), states @ np.concatenate(kernels, axis=1), FLOAT64)
 
 
-@pytest.mark.parametrize("method", ["__call__", "attend"])
-def test_without_additional_tokens_there_is_one_table(method: str, x64: None) -> None:
+def test_without_additional_tokens_there_is_one_table(x64: None) -> None:
     layer, params = embed(additional=0)
     assert params["params"].keys() == {"embedding"}
-    inputs = jnp.ones((2, D)) if method == "attend" else IDS[:1, :2]
-    assert layer.apply(params, inputs, method=method).shape == ((2, V) if method == "attend" else (1, 2, D))
+    table, ids, states = params["params"]["embedding"], IDS[:1, :2], RNG.standard_normal((2, D))
+    assert_close(layer.apply(params, ids), table[ids], 0.0)
+    assert_close(layer.apply(params, jnp.asarray(states), method="attend"), states @ np.asarray(table).T, FLOAT64)
+    assert jnp.isnan(layer.apply(params, jnp.asarray([V]))).all()
     head = DecoupledHead(V, **DTYPES)
     assert jax.eval_shape(head.init, jax.random.key(0), jnp.ones((2, D)))["params"].keys() == {"kernel"}

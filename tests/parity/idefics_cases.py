@@ -63,6 +63,7 @@ RESAMPLED = IdeficsConfig(
 )
 PLAIN = replace(
     RESAMPLED,
+    vision_config=replace(VISION, hidden_act="quick_gelu"),
     num_hidden_layers=4,
     cross_layer_interval=2,
     additional_vocab_size=0,
@@ -120,15 +121,15 @@ def torch_model(
                 parameter.copy_(noise if alphas else parameter)
             else:
                 parameter.copy_((1 + 0.2 * noise) if norm and key.endswith("weight") else 0.2 * noise)
-    return in_double(model)
+    return model if dtype == "float32" else in_double(model)
 
 
 def in_double(model: Any) -> Any:
     """`model`, with nothing narrowed where it computes in double.
 
     transformers takes the variance of an RMSNorm and the angles of rotary positions in float32, whatever the dtype.
-    In float32 this is what it does anyway; under bfloat16 its frequencies would be rounded by `model.bfloat16()`, which
-    loading a checkpoint in bfloat16 does not do.
+    Under bfloat16 its frequencies would be rounded by `model.bfloat16()`, which loading a checkpoint in bfloat16 does
+    not do. A model in float32 needs none of this: `torch_model` gives it as it is.
     """
     import torch
     from transformers.models.idefics.modeling_idefics import IdeficsRMSNorm, IdeficsRotaryEmbedding
@@ -235,7 +236,7 @@ def inputs(length: int = 11, padding_side: str = "right", config: IdeficsConfig 
 def labels(inputs: Mapping[str, np.ndarray], config: IdeficsConfig = RESAMPLED) -> np.ndarray:
     """The ids, those of two positions ignored. On padding they name a token, which the loss must not count."""
     labels = np.where(inputs["attention_mask"] == 0, config.vocab_size - 1, inputs["input_ids"])
-    labels[0, 3] = labels[3, -1] = -100
+    labels[0, 3] = labels[-1, -1] = -100
     return labels
 
 

@@ -34,16 +34,19 @@ def pictures(height: int = 30, width: int = 30) -> dict[str, np.ndarray]:
     return {"pixel_values": np.random.default_rng(0).standard_normal((3, height, width, 3))}
 
 
-def test_vision_model(x64: None) -> None:
+@pytest.mark.parametrize("height, width", [(30, 30), (44, 37)])
+def test_vision_model(height: int, width: int, x64: None) -> None:
     model, params, theirs = vision("float64")
+    inputs = pictures(height, width)
 
-    def loss(params: Any, arrays: Any) -> Any:
-        output = model.apply({"params": params}, **arrays, output_hidden_states=True)
+    def loss(params: Any, pixels: Any) -> Any:
+        interpolate = (height, width) != (30, 30)
+        output = model.apply({"params": params}, pixels, interpolate, output_hidden_states=True)
         return (output.last_hidden_state**3).sum() + (output.pooler_output**3).sum(), output
 
-    inputs = cases.to_jax(pictures(), "float64")
-    gradients, ours = jitted(jax.grad(loss, has_aux=True))(params, inputs)
-    expected = theirs(**cases.to_torch(pictures(), "float64"))
+    gradients, ours = jitted(jax.grad(loss, has_aux=True))(params, jnp.asarray(inputs["pixel_values"]))
+    tensors = cases.to_torch(inputs | {"interpolate_pos_encoding": True}, "float64")
+    expected = theirs(**tensors, output_hidden_states=True)
     ((expected.last_hidden_state**3).sum() + (expected.pooler_output**3).sum()).backward()
     assert_close(ours.last_hidden_state, expected.last_hidden_state.detach(), FLOAT64, "last_hidden_state")
     assert_close(ours.pooler_output, expected.pooler_output.detach(), FLOAT64, "pooler_output")
@@ -71,6 +74,18 @@ def test_positions_at_other_sizes(height: int, width: int, x64: None) -> None:
     )
     expected = theirs.embeddings(**cases.to_torch(inputs, "float64"), interpolate_pos_encoding=True)
     assert_close(ours, expected.detach(), FLOAT64)
+
+
+def test_positions_in_bfloat16_are_interpolated_in_float32() -> None:
+    """Black pictures make no patches: what is left are positions, rounded once."""
+    model, params, theirs = vision("float32")
+    model, params = model.clone(dtype=jnp.bfloat16), jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    black = jnp.zeros((1, 44, 37, 3), jnp.bfloat16)
+    ours = model.apply({"params": params}, black, method=lambda tower, x: tower.embeddings(x, True))
+    tensors = cases.to_torch({"pixel_values": np.zeros(black.shape)}, "bfloat16")
+    expected = theirs.bfloat16().embeddings(**tensors, interpolate_pos_encoding=True).detach().float().numpy()
+    assert ours.dtype == jnp.bfloat16 and np.mean(np.asarray(ours, np.float32) == expected) > 0.99
+    np.testing.assert_allclose(np.asarray(ours, np.float32), expected, rtol=2**-7)
 
 
 def test_another_size_is_refused_in_the_words_of_the_reference(unchecked_types: None) -> None:

@@ -1,4 +1,4 @@
-"""IDEFICS run in other ways: from a cache, as a scan, recomputed, with dropout. All compute the same, none a NaN."""
+"""IDEFICS run in other ways: from a cache, row by row, as a scan, recomputed, with dropout. All compute the same."""
 
 import re
 from dataclasses import replace
@@ -12,7 +12,12 @@ from flax import linen as nn
 
 from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models.abstract import abstract_params
-from flax_vlm.models.idefics import IdeficsConfig, IdeficsForVisionText2Text
+from flax_vlm.models.idefics import (
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    IdeficsPerceiverResampler,
+    IdeficsVisionModel,
+)
 from tests.compiling import jitted
 from tests.parity import idefics_cases as cases
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
@@ -25,16 +30,16 @@ def model_of(config: IdeficsConfig, dtype: str = "float64", **options: Any) -> I
     return IdeficsForVisionText2Text(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), **options)
 
 
-def in_chunks(model: Any, params: Any, inputs: dict[str, Any], chunks: list[int], images_at: int = 0) -> np.ndarray:
-    """The logits of calls with `chunks` tokens each, from a cache; the images come with one of the calls.
+def in_chunks(model: Any, params: Any, inputs: dict[str, Any], chunks: list[int], images_at: int | None) -> np.ndarray:
+    """The logits of calls with `chunks` tokens each, from a cache; the images, if any, come with one of the calls.
 
     A chunk of negative length brings no image mask: it looks at what the last token before it looked at.
     """
-    cache, start, logits = model.init_cache(4, 11), 0, []
+    cache, start, logits = model.init_cache(4, 13), 0, []
     for i, chunk in enumerate(chunks):
         stop = start + abs(chunk)
         call = {name: inputs[name][:, start:stop] for name in ("input_ids", "attention_mask")}
-        if i >= images_at and chunk > 0:
+        if images_at is not None and i >= images_at and chunk > 0:
             call["image_attention_mask"] = inputs["image_attention_mask"][:, start:stop]
         if i == images_at:
             call["perceiver_embeddings"] = inputs["perceiver_embeddings"]
@@ -45,37 +50,109 @@ def in_chunks(model: Any, params: Any, inputs: dict[str, Any], chunks: list[int]
     return np.concatenate(logits, axis=1)
 
 
+CALLS = [([1] * 11, 0), ([5, 3, 3], 0), ([5, -3, 3], 0), ([5, 3, 3], 1), ([5, 3, 3], None)]
+
+
 @pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
-@pytest.mark.parametrize("chunks, images_at", [([1] * 11, 0), ([5, 3, 3], 0), ([5, -3, 3], 0), ([5, 3, 3], 1)])
-def test_a_cache_changes_nothing(chunks: list[int], images_at: int, scan: bool, x64: None) -> None:
+@pytest.mark.parametrize("chunks, images_at", CALLS)
+def test_a_cache_changes_nothing(chunks: list[int], images_at: int | None, scan: bool, x64: None) -> None:
     model, params = model_of(TIED, scan_layers=scan), cases.random_params(TIED, "float64")
-    inputs = cases.texts(padding_side="left", config=TIED) | cases.embedded_images(TIED)
-    mask = inputs["image_attention_mask"]
-    if images_at:
-        mask[:, :5] = 0  # before there were images
+    inputs = cases.texts(padding_side="left", config=TIED)
+    if images_at is not None:
+        inputs |= cases.embedded_images(TIED)
+        inputs["image_attention_mask"][:, : 5 * images_at] = 0  # before there were images
     if -3 in chunks:
-        mask[:, 5:8] = mask[:, 4:5]
+        inputs["image_attention_mask"][:, 5:8] = inputs["image_attention_mask"][:, 4:5]
     whole = cases.forward(model_of(TIED), params, cases.to_jax(inputs, "float64")).logits
     logits = in_chunks(model, cases.stacked(params) if scan else params, inputs, chunks, images_at)
     tokens = inputs["attention_mask"] != 0
     assert_close(logits[tokens], whole[tokens], CACHED)
 
 
+def test_new_images_take_the_place_of_those_before(x64: None) -> None:
+    """Three images for five tokens, then two others: as if all five were there, but seen from their own tokens only."""
+    model, params = model_of(TIED), cases.random_params(TIED, "float64")
+    text, images = cases.texts(padding_side="left", config=TIED), cases.embedded_images(TIED)
+    first, mask = images["perceiver_embeddings"], images["image_attention_mask"]
+    second, early = first[::-1, :2], np.arange(11)[:, None] < 5
+    whole = text | {
+        "perceiver_embeddings": np.concatenate([first, second], 1),
+        "image_attention_mask": np.concatenate([mask * early, (mask * ~early)[..., :2]], -1),
+    }
+    cache, logits = model.init_cache(4, 13), []
+    for tokens, pictures in ((slice(5), first), (slice(5, 11), second)):
+        call = {name: array[:, tokens] for name, array in text.items()} | {"perceiver_embeddings": pictures}
+        call["image_attention_mask"] = mask[:, tokens, : pictures.shape[1]]
+        output = cases.forward(model, params, cases.to_jax(call, "float64") | {"cache": cache})
+        cache = output.cache
+        logits.append(output.logits)
+    tokens = text["attention_mask"] != 0
+    expected = cases.forward(model, params, cases.to_jax(whole, "float64")).logits
+    assert_close(np.concatenate(logits, 1)[tokens], expected[tokens], CACHED)
+
+
 def test_left_padding_changes_nothing() -> None:
-    """As transformers promises its users: 1e-5, here on all tokens."""
+    """As transformers promises its users: 1e-5, here on all tokens, of rows that have padding already or not."""
     params = cases.random_params(PLAIN, "float32")
-    inputs = cases.texts(config=PLAIN) | cases.embedded_images(PLAIN)
-    inputs = {name: array[:1] for name, array in inputs.items()}
+    inputs = cases.texts(padding_side="left", config=PLAIN) | cases.embedded_images(PLAIN)
     by_token = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_attention_mask")}
-    padded = inputs | {name: np.concatenate([0 * array[:, :4], array], 1) for name, array in by_token.items()}
+    padded = inputs | {name: np.concatenate([0 * array, 0 * array, array], 1) for name, array in by_token.items()}
     arrays = [cases.to_jax(each, "float32") for each in (inputs, padded)]
     one, other = (cases.forward(model_of(PLAIN, "float32"), params, each) for each in arrays)
-    assert_close(other.logits[:, 4:], one.logits, FLOAT32)
+    tokens = inputs["attention_mask"] != 0
+    assert_close(other.logits[:, 22:][tokens], one.logits[tokens], FLOAT32)
 
 
-def run(config: IdeficsConfig, dtype: str = "float64", inputs: Any = None, **options: Any) -> Any:
+def test_embeddings_stand_for_their_ids(x64: None) -> None:
+    params = cases.random_params(TIED, "float64")
+    inputs = cases.to_jax(cases.texts(padding_side="left", config=TIED) | cases.embedded_images(TIED), "float64")
+    table = params["model"]["embed_tokens"]
+    tables = jnp.concatenate([table["embedding"], table["additional_embedding"]["embedding"]])
+    embeds = {name: value for name, value in inputs.items() if name != "input_ids"}
+    embeds["inputs_embeds"] = tables[inputs["input_ids"]]
+    one, other = (cases.forward(model_of(TIED), params, each).logits for each in (inputs, embeds))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_images_may_come_as_what_was_made_of_them(x64: None) -> None:
+    """By the tower alone, by the resampler alone, or by the whole model in an earlier call."""
+    config, model = cases.RESAMPLED, model_of(cases.RESAMPLED)
+    params = cases.random_params(config, "float64")
+    inputs = cases.to_jax(cases.inputs(), "float64")
+    whole = cases.forward(model, params, inputs)
+    pixels = inputs.pop("pixel_values")
+
+    def part(model_class: Any, config: Any, name: str, inputs: Any) -> Any:
+        return cases.forward(model_class(config, jnp.float64, jnp.float64), params["model"][name], inputs)
+
+    pictures = {"pixel_values": pixels.reshape(-1, *pixels.shape[2:])}
+    seen = part(IdeficsVisionModel, config.vision_config, "vision_model", pictures).last_hidden_state
+    latents = part(IdeficsPerceiverResampler, config, "perceiver_resampler", {"context": seen})
+    assert_close(latents.reshape(whole.image_hidden_states.shape), whole.image_hidden_states, FLOAT64)
+    states = seen.reshape(*pixels.shape[:2], *seen.shape[1:])
+    for name, embedded in (("image_encoder_embeddings", states), ("perceiver_embeddings", whole.image_hidden_states)):
+        again = cases.forward(model, params, inputs | {name: embedded})
+        assert_close(again.logits, whole.logits, FLOAT64, name)
+
+
+@pytest.mark.parametrize("row, length", [(1, 9), (2, 7)])
+def test_a_row_is_what_it_is_alone(row: int, length: int, x64: None) -> None:
+    """Without the padding, and with its own images only: one in row 1, none, and no argument for them, in row 2."""
+    config = TIED
+    params = cases.random_params(config, "float64")
+    inputs = cases.texts(padding_side="right", config=config) | cases.embedded_images(config)
+    alone = {name: inputs[name][row : row + 1, :length] for name in ("input_ids", "attention_mask")}
+    assert alone["attention_mask"].all() and not inputs["attention_mask"][row, length:].any()
+    if images := cases.IMAGES[row]:
+        alone["perceiver_embeddings"] = inputs["perceiver_embeddings"][row : row + 1, :images]
+        alone["image_attention_mask"] = inputs["image_attention_mask"][row : row + 1, :length, :images]
+    one, batch = (cases.forward(model_of(config), params, cases.to_jax(each, "float64")) for each in (alone, inputs))
+    assert_close(batch.logits[row : row + 1, :length], one.logits, FLOAT64)
+
+
+def run(config: IdeficsConfig, dtype: str = "float64", inputs: Any = None, params: Any = None, **options: Any) -> Any:
     """((loss, output), gradients by layer); the images as what the tower makes of them."""
-    params = cases.random_params(config, dtype)
+    params = cases.random_params(config, dtype) if params is None else params
     inputs = cases.texts(padding_side="left", config=config) | cases.embedded_images(config) | (inputs or {})
     arrays = cases.to_jax(inputs | {"labels": cases.labels(inputs, config)}, dtype)
     params = cases.stacked(params) if options.get("scan_layers") else params
@@ -166,6 +243,48 @@ def test_dropout_of_everything_leaves_the_embeddings() -> None:
         np.testing.assert_array_equal(each, embedded)
 
 
+@pytest.mark.parametrize("scan, remat", [(False, "dots"), (True, "full")])
+def test_recomputation_drops_the_same(scan: bool, remat: Any, x64: None) -> None:
+    """Else gradients would be of another function than the loss: here they are its slope."""
+    config = replace(TIED, dropout=0.3)
+    params = cases.random_params(config, "float64")
+    params = jax.device_get(cases.stacked(params) if scan else params)
+    arrays = cases.to_jax(cases.texts(config=config) | cases.embedded_images(config), "float64")
+    model = model_of(config, scan_layers=scan, remat=remat)
+
+    @jitted
+    @jax.value_and_grad
+    def loss(params: Any) -> Any:
+        rngs = {"dropout": jax.random.key(0)}
+        labels = arrays["input_ids"]
+        return model.apply({"params": params}, **arrays, labels=labels, deterministic=False, rngs=rngs).loss
+
+    rng, step = np.random.default_rng(6), 1e-6
+    way = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape), params)
+    ahead, back = (loss(jax.tree.map(lambda leaf, d, by=by: leaf + by * d, params, way))[0] for by in (step, -step))
+    slopes = jax.tree.map(np.vdot, jax.device_get(loss(params)[1]), way)
+    assert_close((ahead - back) / (2 * step), sum(jax.tree.leaves(slopes)), 1e-6)
+
+
+FORMS = {
+    "pixel_values": cases.inputs(),
+    "image_encoder_embeddings": cases.texts() | cases.embedded_images(PLAIN),
+    "perceiver_embeddings": cases.embedded_images(TIED) | {"inputs_embeds": np.ones((4, 11, TIED.hidden_size))},
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_of_more_digits_do_not_widen_what_is_computed(form: str, dtype: str, x64: None) -> None:
+    model = IdeficsForVisionText2Text(cases.RESAMPLED, dtype=jnp.dtype(dtype))
+    abstract = nn.meta.unbox(abstract_params(model))
+    arrays = cases.to_jax(FORMS[form] | {"labels": cases.labels(cases.inputs())}, "float64")
+    (loss, output), gradients = jax.eval_shape(cases.loss_and_gradients(model), abstract, arrays)
+    assert loss.dtype == "float32" and {leaf.dtype.name for leaf in jax.tree.leaves(gradients)} == {"float32"}
+    states = output.logits, output.image_hidden_states, *output.hidden_states
+    assert {leaf.dtype.name for leaf in states} == {dtype}
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_no_nan_where_there_is_nothing_to_see(dtype: str) -> None:
     """A row without images, one whose tokens may look at none, and one of padding only."""
@@ -173,9 +292,13 @@ def test_no_nan_where_there_is_nothing_to_see(dtype: str) -> None:
         mask = cases.texts(padding_side="left")["attention_mask"]
         looks = cases.images()["image_attention_mask"]
         mask[3], looks[1] = 0, 0
-        result, gradients = run(cases.RESAMPLED, dtype, {"attention_mask": mask, "image_attention_mask": looks})
-        for leaf in jax.tree.leaves((result, gradients)):
-            assert np.isfinite(leaf.astype(float)).all()
+        params = cases.random_params(cases.RESAMPLED, dtype)
+        table = params["model"]["embed_tokens"]["embedding"]
+        for zero in (False, True):  # as padding starts, and norms of it divide by epsilon alone
+            params["model"]["embed_tokens"]["embedding"] = table.at[0].multiply(1 - zero)
+            inputs = {"attention_mask": mask, "image_attention_mask": looks}
+            for leaf in jax.tree.leaves(run(cases.RESAMPLED, dtype, inputs, params)):
+                assert np.isfinite(leaf.astype(float)).all()
         result, gradients = run(cases.RESAMPLED, dtype, {"attention_mask": 0 * mask})
         assert result[0] == 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 

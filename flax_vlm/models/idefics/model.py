@@ -37,7 +37,10 @@ from flax_vlm.models.idefics.decoder import (
 
 
 class IdeficsOutput(struct.PyTreeNode):
-    """States of the decoder; `hidden_states[0]` is the embedding output, the last entry behind the final norm."""
+    """States of the decoder; `hidden_states[0]` is the embedding output, the last entry behind the final norm.
+
+    With a cache the S of `attentions` counts all of its slots.
+    """
 
     last_hidden_state: Float[Array, "B T D"]
     image_hidden_states: Float[Array, "B I P E"] | None = None
