@@ -13,13 +13,14 @@ from flax_vlm.array_files import ArrayFiles, save_tree
 
 PARAMS = "params"
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 MAX_CONFIG = 16 << 20  # bytes: a thousand times what config.json has
 MAX_NESTING = 50  # brackets inside each other in it: ten times
 CONVERSION = "conversion.json"  # where a converted checkpoint comes from, and the hashes of what it holds
 # What a processor may need, and what a person reads; copied as they are from one format to the other.
 PROCESSOR_FILES = (
     "added_tokens.json",
-    "generation_config.json",
+    GENERATION_CONFIG,
     "preprocessor_config.json",
     "processor_config.json",
     "sentencepiece.bpe.model",
@@ -72,9 +73,9 @@ def _require_shallow(data: dict[str, Any]) -> None:
         raise ValueError(f"more than {MAX_NESTING} brackets inside each other")
 
 
-def write_config(folder: Path, data: Mapping[str, Any]) -> None:
-    """Writes config.json."""
-    (folder / CONFIG).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_config(folder: Path, data: Mapping[str, Any], name: str = CONFIG) -> None:
+    """Writes config.json, or a file like it."""
+    (folder / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_processor(source: str | Path, folder: Path) -> None:

@@ -1,9 +1,9 @@
 """The front door: `from_pretrained` and what it gives."""
 
-import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from flax_vlm.layers.param_tree import common_float, flatten_params, unflatten_p
 from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
-from flax_vlm.processing import AltCLIPProcessor, IdeficsProcessor
+from flax_vlm.processing import AltCLIPProcessor, IdeficsProcessor, TextStream
 from flax_vlm.whole_folder import whole_folder
 
 logger = logging.getLogger("flax_vlm")
@@ -71,17 +71,18 @@ class VLM:
 
     def generate(
         self, *, cache: Any = None, stream: bool = False, **inputs_and_options: Any
-    ) -> generation.GenerateOutput | Iterator[str | list[str]]:
+    ) -> generation.GenerateOutput | generation.Stream:
         """Goes on from a prompt: `vlm.generate(**vlm.processor(prompt), max_new_tokens=40)`.
 
         Args:
-          cache: go on from that of an earlier output; the inputs are then the new tokens.
-          stream: give the text as it comes, an iterator over pieces: strings, or for several prompts lists of them.
+          cache: go on from that of an earlier output; the inputs are then the new tokens. Images that come with them
+            replace the earlier ones: give all that new tokens look at.
+          stream: give the text as it comes, an iterator over pieces: strings, or for several answers lists of them.
           inputs_and_options: inputs of the model, and options with transformers' names (see
             `flax_vlm.generation.GenerationConfig`), which go before those of the checkpoint.
 
         Returns:
-          An output whose `sequences` [B * num_return_sequences, T] hold prompt and answer.
+          An output whose `sequences` [B * num_return_sequences, T] hold prompt and answer; a stream has it as `output`.
 
         Raises:
           ValueError: for a model that does not generate, and for inputs or options that cannot be served.
@@ -90,19 +91,18 @@ class VLM:
             raise ValueError(
                 f"{type(self.model).__name__} does not generate text: expected a model with a language head"
             )
-        names = {field.name for field in dataclasses.fields(self.generation_config)}
-        options = {name: value for name, value in inputs_and_options.items() if name in names}
-        inputs = {name: value for name, value in inputs_and_options.items() if name not in names}
+        options = {name: value for name, value in inputs_and_options.items() if self.generation_config.is_option(name)}
+        inputs = {name: value for name, value in inputs_and_options.items() if name not in options}
         config = self.generation_config.updated(**options)
         tokenizer = None if self.processor is None else self.processor.tokenizer
         if not stream:
             return generation.generate(self.model, self.params, inputs, config, tokenizer=tokenizer, cache=cache)
         if self.processor is None:
             raise ValueError("stream=True gives text: the checkpoint has no tokenizer. Use flax_vlm.generation.stream")
-        pieces = generation.stream(
-            self.model, self.params, inputs, config, tokenizer=tokenizer, cache=cache, decode_text=self.processor.decode
+        text_stream = partial(TextStream, self.processor.tokenizer)
+        return generation.stream(
+            self.model, self.params, inputs, config, tokenizer=tokenizer, cache=cache, text_stream=text_stream
         )
-        return (rows[0] if len(rows) == 1 else rows for rows in pieces)
 
     def get_text_features(self, **inputs: Any) -> jax.Array:
         """Texts in the space they share with images, [B, projection_dim], not normalised."""
@@ -135,6 +135,8 @@ class VLM:
             checkpoint.save_params(draft.folder, params)
             if self.processor is not None:
                 self.processor.save(draft.folder)
+            if self.generation_config is not None:
+                checkpoint.write_config(draft.folder, self.generation_config.to_hf(), checkpoint.GENERATION_CONFIG)
             checkpoint.write_config(draft.folder, data)
 
 
@@ -255,7 +257,7 @@ def _generation_config(folder: Path, model: Any) -> generation.GenerationConfig 
     """That of the checkpoint, its stop and padding ids at least; None for a model that does not generate."""
     if not hasattr(model, "token_inputs"):
         return None
-    file = folder / "generation_config.json"
+    file = folder / checkpoint.GENERATION_CONFIG
     ids = generation.GenerationConfig.from_hf(checkpoint.read_config(folder))
     if not file.is_file():
         return ids

@@ -134,6 +134,14 @@ def test_mistakes_are_one_sentence_and_debug_is_more(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "target").exists()
 
 
+def test_who_interrupts_gets_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flax_vlm.convert.port.to_flax", interrupted)
+    assert cli.main(["convert", "somewhere", "target"]) == 130
+
+
 def test_help_imports_nothing_slow() -> None:
     slow = "{'jax', 'flax', 'torch', 'transformers', 'numpy', 'tokenizers', 'PIL'}"
     code = (

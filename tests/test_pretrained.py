@@ -1,5 +1,6 @@
 """The front door."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.convert.test_port import write_hf
 from tests.parity import altclip_cases as cases
 from tests.tolerances import FLOAT32_REORDERED, assert_close
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 INPUTS = cases.texts() | {"pixel_values": cases.images().astype(np.float32)}
 
 
@@ -135,3 +137,21 @@ def test_a_native_checkpoint_with_another_config_is_refused(folders: dict[str, P
         checkpoint.write_config(draft.folder, data | {"projection_dim": 12})
     with pytest.raises(ValueError, match=r"text_projection/kernel: has shape \(14, 11\); \(14, 12\) was expected"):
         flax_vlm.from_pretrained(tmp_path / "mixed")
+
+
+def test_options_of_generation_are_kept(tmp_path: Path) -> None:
+    vlm = flax_vlm.from_pretrained(EXAMPLES / "idefics-digits" / "checkpoint")
+    assert vlm.generation_config == flax_vlm.GenerationConfig(eos_token_id=2, pad_token_id=0)
+    options = {
+        "do_sample": True,
+        "top_p": 0.9,
+        "bad_words_ids": [[589], [590]],
+        "eos_token_id": [2, 7],
+        "pad_token_id": 0,
+    }
+    vlm.generation_config = flax_vlm.GenerationConfig(**options, seed=3)
+    vlm.save_pretrained(tmp_path / "native")
+    convert.to_torch(tmp_path / "native", tmp_path / "torch")
+    for folder in ("native", "torch"):
+        assert json.loads((tmp_path / folder / "generation_config.json").read_text()) == options
+        assert flax_vlm.from_pretrained(tmp_path / folder).generation_config == flax_vlm.GenerationConfig(**options)

@@ -24,4 +24,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"flax-vlm: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # as shells say it
     return 0

@@ -75,9 +75,7 @@ def embed(
 
 
 @app.command
-def demo(
-    examples: Path = Path(__file__).parents[2] / "examples", output: Path = Path("demo-output")
-) -> None:
+def demo(examples: Path = Path(__file__).parents[2] / "examples", output: Path = Path("demo-output")) -> None:
     """Convert the two small models of this repository: one reads handwritten digits, one talks about them.
 
     Args:

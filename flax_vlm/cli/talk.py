@@ -1,15 +1,18 @@
 """Commands for people who talk with a model about pictures."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from .app import app
+from .weights import DType
 
 Pictures = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
-PLACE = "<image>"
+PLACE, END = "<image>", "<end_of_utterance>"
+_HELP = "/image PATH adds a picture to what you say next, /quit ends"
 
 
 @app.command
@@ -22,13 +25,13 @@ def generate(
     num_beams: int = 1,
     temperature: float | None = None,
     seed: int | None = None,
-    dtype: str | None = None,
+    dtype: DType | None = None,
 ) -> None:
     """Let a model go on from a text with pictures.
 
     Args:
         model: A checkpoint of a model that generates: a folder (PyTorch or native) or a repository on the Hub.
-        prompt: The text. Each <image> in it is the place of a picture; without any they come first.
+        prompt: The text. Each <image> in it is the place of a picture; without any they come first. \\n breaks a line.
         image: A picture file; again for each further one.
         max_new_tokens: How many tokens to add at most.
         num_beams: Search with so many beams; the answer then comes all at once.
@@ -36,9 +39,12 @@ def generate(
         seed: Of sampling.
         dtype: Of the computation; by default that of the checkpoint.
     """
+    if seed is not None and temperature is None:
+        raise ValueError(f"--seed {seed} does nothing without --temperature: pass both, or neither")
+    prompted = interleave(prompt.replace("\\n", "\n"), image)
     vlm = _load(model, dtype)
-    inputs = vlm.processor(interleave(prompt, image))
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    inputs = vlm.processor(prompted)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams} | _tokens_of_the_layout(vlm)
     if temperature is not None:
         options |= {"do_sample": True, "temperature": temperature, "seed": seed}
     if num_beams > 1:
@@ -51,51 +57,115 @@ def generate(
 
 
 @app.command
-def chat(model: tyro.conf.Positional[str], /, max_new_tokens: int = 256, dtype: str | None = None) -> None:
+def chat(model: tyro.conf.Positional[str], /, max_new_tokens: int = 256, dtype: DType | None = None) -> None:
     """Talk with a model in the terminal. /image PATH adds a picture to what you say next, /quit ends.
+
+    Ctrl-C stops an answer.
 
     Args:
         model: A checkpoint of a model that chats: a folder (PyTorch or native) or a repository on the Hub.
         max_new_tokens: The longest answer.
         dtype: Of the computation; by default that of the checkpoint.
     """
-    vlm = _load(model, dtype)
-    messages: list[dict[str, Any]] = []
-    pictures: list[dict[str, Any]] = []
+    from flax_vlm.processing import load_image
+
+    talk = _Chat(_load(model, dtype), max_new_tokens)
+    pictures: list[Any] = []
     prompt = "> " if sys.stdin.isatty() else ""
-    print("/image PATH adds a picture, /quit ends", file=sys.stderr)
+    print(_HELP, file=sys.stderr)
     while (line := _next_line(prompt)) not in (None, "/quit"):
-        if line.startswith("/image "):
-            picture = Path(line.removeprefix("/image ").strip()).expanduser()
-            if picture.is_file():
-                pictures.append({"type": "image", "image": picture})
-            else:
-                print(f"{picture}: expected a picture file, there is none", file=sys.stderr)
-            continue
-        if not line:
-            continue
-        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": line}]})
-        pictures = []
-        inputs = vlm.processor(messages, add_generation_prompt=True)
-        answer = ""
-        for piece in vlm.generate(**inputs, max_new_tokens=max_new_tokens, stream=True):
-            print(piece, end="", flush=True)
-            answer += piece
-        print()
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]})
+        command, _, path = line.partition(" ")
+        try:
+            if command == "/image" and path:
+                pictures.append(load_image(Path(path.strip()).expanduser()))
+            elif command.startswith("/") and command[1:].isalpha():
+                print(f"{line}: {_HELP}", file=sys.stderr)
+            elif line:
+                talk.say(line, pictures)
+                pictures = []
+        except (ValueError, OSError) as error:  # the talk is as it was before
+            print(error, file=sys.stderr)
 
 
-def interleave(prompt: str, images: tuple[Path, ...]) -> list[str | Path]:
+def interleave(prompt: str, images: Sequence[Path]) -> list[str | Path]:
     """The prompt as a list of texts and pictures."""
-    texts = prompt.split(PLACE)
-    if len(texts) == 1:
+    for image in images:
+        if not image.is_file():
+            raise ValueError(f"{image}: expected a picture file, there is none. Correct --image")
+    first, *texts = prompt.split(PLACE)
+    if not texts:
         return [*images, prompt]
-    if len(texts) - 1 != len(images):
-        raise ValueError(f"--prompt has {len(texts) - 1} {PLACE}, {len(images)} --image came: expected as many")
-    items: list[str | Path] = [texts[0]]
-    for image, text in zip(images, texts[1:], strict=True):
+    if len(texts) != len(images):
+        raise ValueError(f"--prompt has {len(texts)} {PLACE}, {len(images)} --image came: expected as many")
+    items: list[str | Path] = [first]
+    for image, text in zip(images, texts, strict=True):
         items += [image, text]
     return [item for item in items if item != ""]
+
+
+class _Chat:
+    """The messages so far, and a cache that holds their tokens, so that the model reads no more than what is new.
+
+    It reads all again where the cache is full, where an answer was stopped, and where the layout writes an answer in
+    other tokens than the model did.
+    """
+
+    def __init__(self, vlm: Any, max_new_tokens: int) -> None:
+        self._vlm = vlm
+        self._limit = max_new_tokens
+        self._options = {"max_new_tokens": max_new_tokens} | _tokens_of_the_layout(vlm)
+        self._messages: list[dict[str, Any]] = []
+        self._forget()
+        # What cannot be is said at once: too few tokens, a tokenizer that knows no chats.
+        vlm.generation_config.updated(**self._options)
+        self._read(self._messages_with("?", []))
+
+    def say(self, text: str, pictures: Sequence[Any]) -> None:
+        """Prints the answer as it comes."""
+        import numpy as np
+
+        from flax_vlm.generation import bucket_length
+
+        messages = self._messages_with(text, pictures)
+        inputs = self._read(messages)
+        ids, pixels = inputs["input_ids"][0], inputs.pop("pixel_values", None)
+        num_pictures = 0 if pixels is None else pixels.shape[1]
+        known = len(self._ids)
+        room = 0 if self._cache is None else self._cache.length - int(self._cache.index) - self._limit
+        if not 0 < len(ids) - known <= room or (ids[:known] != self._ids).any():
+            self._forget()
+            known = 0
+            slots = max(512, bucket_length(2 * (len(ids) + self._limit)))  # for turns to come
+            self._cache = self._vlm.model.init_cache(1, slots)
+        new = {name: array[:, known:] for name, array in inputs.items()}
+        if num_pictures > self._num_pictures:
+            new["pixel_values"] = pixels  # all of them: they replace those of the cache
+        cache, self._cache = self._cache, None  # it is used up, and has to come back
+        answer = ""
+        try:
+            stream = self._vlm.generate(**new, **self._options, cache=cache, stream=True)
+            for piece in stream:
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:
+            self._forget()
+        else:
+            self._cache, said = stream.output.cache, stream.output.sequences[0, len(ids) - known :]
+            self._ids, self._num_pictures = np.concatenate([ids, said]), num_pictures
+        print()
+        self._messages = [*messages, {"role": "assistant", "content": answer.strip()}]
+
+    def _forget(self) -> None:
+        self._cache: Any = None
+        self._ids: Any = []  # what it holds, answers among them
+        self._num_pictures = 0
+
+    def _messages_with(self, text: str, pictures: Sequence[Any]) -> list[dict[str, Any]]:
+        content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
+        return [*self._messages, {"role": "user", "content": content}]
+
+    def _read(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._vlm.processor(messages, add_generation_prompt=True)
 
 
 def _load(model: str, dtype: str | None) -> Any:
@@ -109,8 +179,19 @@ def _load(model: str, dtype: str | None) -> Any:
     return vlm
 
 
+def _tokens_of_the_layout(vlm: Any) -> dict[str, Any]:
+    """Options by which the token that ends an utterance ends the answer, and those for pictures cannot be said."""
+    tokenizer, config = vlm.processor.tokenizer, vlm.generation_config
+    ids = {token: tokenizer.backend.token_to_id(token) for token in (END, *tokenizer.additional_special_tokens)}
+    end = ids.pop(END)
+    return {
+        "eos_token_id": [*config.stop_ids, *([] if end is None else [end])],
+        "bad_words_ids": [*(config.bad_words_ids or []), *([index] for index in ids.values() if index is not None)],
+    }
+
+
 def _next_line(prompt: str) -> str | None:
     try:
         return input(prompt).strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return None

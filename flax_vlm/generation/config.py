@@ -109,6 +109,12 @@ class GenerationConfig:
         options = _known(data)
         return cls(**options, inherited=frozenset(options))
 
+    def to_hf(self) -> dict[str, Any]:
+        """As a dictionary for generation_config.json: what is not at its default."""
+        values = {name: getattr(self, name) for name, field in _FIELDS.items() if getattr(self, name) != field.default}
+        values.pop("seed", None)  # transformers has none
+        return values
+
     @staticmethod
     def is_option(name: str) -> bool:
         """Whether transformers' generate would take `name` for an option rather than for an input of the model."""

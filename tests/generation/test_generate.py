@@ -1,6 +1,5 @@
 """generate as its callers meet it: buckets, caches to go on from, seeds, dtypes, errors, and how often it compiles."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from flax_vlm.generation import GenerateOutput, GenerationConfig, bucket_length, generate
-from flax_vlm.generation.generate import begin_request
+from flax_vlm.generation.api import begin_request
 from flax_vlm.generation.loop import decode
 from flax_vlm.generation.request import make_request
 from flax_vlm.layers.kv_cache import KeyValue, KVCache
@@ -65,19 +64,6 @@ def test_buckets() -> None:
     assert [bucket_length(n) for n in lengths] == [16, 16, 32, 64, 64, 128, 192, 1024, 1152, 2304, 4096]
     assert all(n <= bucket_length(n) <= max(n + 63, n * 9 // 8) for n in range(1, 5000))
     np.testing.assert_array_equal(run(bucket=None).sequences, run().sequences)
-
-
-@pytest.fixture
-def compiled(caplog: pytest.LogCaptureFixture) -> Any:
-    """A function: how often something was compiled since it was last called."""
-
-    def count() -> int:
-        found = sum(record.message.startswith("compiling ") for record in caplog.records)
-        caplog.clear()
-        return found
-
-    with caplog.at_level(logging.INFO, logger="flax_vlm"):
-        yield count
 
 
 def test_what_compiles(compiled: Any) -> None:

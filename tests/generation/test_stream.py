@@ -1,14 +1,19 @@
 """A stream says what generate says, piece by piece."""
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from flax_vlm.generation import GenerationConfig, generate, stream
-from tests.generation.test_stop_strings import byte_level_tokenizer
-from tests.generation.tiny import PAD, TinyDecoder, prompts, random_params
+from flax_vlm.layers.kv_cache import KVCache
+from flax_vlm.processing import TextStream, Tokenizer
+from tests.generation.test_stop_strings import llama_tokenizer
+from tests.generation.tiny import PAD, TinyDecoder, TinyOutput, prompts, random_params
 
 MODEL = TinyDecoder()
 PARAMS = random_params(MODEL)
@@ -50,34 +55,80 @@ def test_a_stream_that_is_left_can_be_gone_on_from() -> None:
     np.testing.assert_array_equal(out.sequences[:, 2:], expected.sequences[:, WIDTH + 7 :])
 
 
-def test_text_in_pieces() -> None:
-    tokenizer = byte_level_tokenizer()
+class Parrot(nn.Module):
+    """Says row by row what `script` has, to prompts of a bucket of 16."""
 
-    def text(ids: np.ndarray) -> str:
-        # The ids of the bytes that make an "ä", so that pieces end inside of a letter.
-        halves = [tokenizer.token_to_id("Ã"), tokenizer.token_to_id("¤")]
-        return tokenizer.decode([halves[i % 2] for i in range(len(ids))])
+    script: tuple[tuple[int, ...], ...]
+    vocab: int
+    dtype = jnp.float32
+    token_inputs = frozenset()
 
-    pieces = list(stream(MODEL, PARAMS, PROMPTS, config(), decode_text=text, chunk=4))
-    assert ["".join(row) for row in zip(*pieces, strict=True)] == ["ä" * 6] * 3
-    assert len(pieces) == 3  # 1, 5, 9, 12 tokens: the first is half a letter and says nothing
-    assert all("\ufffd" not in piece for row in pieces for piece in row)
-    # What never becomes a letter is said in the end.
-    pieces = list(stream(MODEL, PARAMS, PROMPTS, config(max_new_tokens=7), decode_text=text, chunk=4))
-    assert ["".join(row) for row in zip(*pieces, strict=True)] == ["äää\ufffd"] * 3
+    @nn.nowrap
+    def init_cache(self, batch_size: int, length: int, dtype: Any) -> KVCache:
+        return KVCache.create(batch_size, length, [], 1, dtype)
+
+    def __call__(self, input_ids: Any, attention_mask: Any, cache: KVCache, **flags: Any) -> TinyOutput:
+        length = input_ids.shape[1]
+        said = cache.index + length - 16
+        words = jnp.take(jnp.asarray(self.script), said, axis=1, mode="clip")
+        return TinyOutput(jax.nn.one_hot(words, self.vocab)[:, None], cache.admit(attention_mask).advance(length, []))
 
 
-def test_text_of_rows_that_end() -> None:
-    free = generate(MODEL, PARAMS, PROMPTS, config())
-    stops = [int(free.sequences[0, WIDTH + 4])]
-    whole = generate(MODEL, PARAMS, PROMPTS, config(eos_token_id=stops))
-    pieces = list(
-        stream(
-            MODEL, PARAMS, PROMPTS, config(eos_token_id=stops), decode_text=lambda ids: "".join(f"{i}," for i in ids)
-        )
-    )
-    for row, (answer, length) in enumerate(zip(whole.sequences[:, WIDTH:], whole.lengths, strict=True)):
-        assert "".join(piece[row] for piece in pieces) == "".join(f"{i}," for i in answer[:length])
+BACKEND = llama_tokenizer()
+END = BACKEND.token_to_id("</s>")
+
+
+def spoken(*answers: str, chunk: int = 3, streams: Any = None) -> tuple[list[Any], list[str]]:
+    """The pieces of answers that a model makes letter by letter, most of them from bytes; and the whole answers."""
+    ids = [[i for letter in answer for i in ids_of(letter)] for answer in answers]
+    longest = max(map(len, ids)) + 1
+    script = tuple((*row, END, *[5] * (longest - len(row) - 1)) for row in ids)
+    options = GenerationConfig(max_new_tokens=longest, eos_token_id=END)
+    model = Parrot(script, BACKEND.get_vocab_size())
+    prompt = {"input_ids": np.full((len(answers), 2), 7)}
+    tokenizer = Tokenizer(BACKEND, {})
+    streamed = stream(model, {}, prompt, options, text_stream=streams or partial(TextStream, tokenizer), chunk=chunk)
+    given = list(streamed)
+    return given, [tokenizer.decode(row[2:], skip_special_tokens=True) for row in streamed.output.sequences]
+
+
+def ids_of(letter: str) -> list[int]:
+    known = BACKEND.token_to_id("▁" if letter == " " else letter)
+    return [BACKEND.token_to_id(f"<0x{byte:02X}>") for byte in letter.encode()] if known is None else [known]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_text_in_pieces(chunk: int) -> None:
+    answers = ("ab ☃a", "b 猫", "a  ", "")
+    pieces, whole = spoken(*answers, chunk=chunk)
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == whole == list(answers)
+    assert not any("\ufffd" in text for piece in pieces for text in piece)
+    assert len(pieces) > 1 or chunk == 100
+
+
+def test_text_of_one_answer_is_a_string() -> None:
+    pieces, whole = spoken("ab猫", chunk=2)
+    assert pieces == ["a", "b", "猫"] and whole == ["ab猫"]  # its three bytes wait for each other, and for the end
+    assert spoken("", chunk=2) == ([], [""])
+
+
+def test_every_id_is_turned_into_text_once() -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.ids: list[int] = []
+            seen.append(self.ids)
+
+        def put(self, token_id: int) -> str:
+            self.ids.append(token_id)
+            return "x"
+
+        def end(self) -> str:
+            return "."
+
+    seen: list[list[int]] = []
+    pieces, _ = spoken("abab", "a", chunk=2, streams=Counting)
+    assert [len(ids) for ids in seen] == [5, 2]  # the stop id is one of an answer's own
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == ["xxxxx.", "xx."]
 
 
 def test_what_cannot_be_streamed() -> None:

@@ -20,6 +20,7 @@ from flax_vlm.generation.loop import begin, decode, prefill, repeat
 from flax_vlm.generation.request import Request, bucket_length, make_request
 from flax_vlm.generation.state import Decoding, State
 from flax_vlm.layers.kv_cache import KVCache
+from flax_vlm.processing import TextStream
 
 
 class GenerateOutput(struct.PyTreeNode):
@@ -83,14 +84,14 @@ def stream(
     tokenizer: Any = None,
     cache: KVCache | None = None,
     bucket: Callable[[int], int] | None = bucket_length,
-    decode_text: Callable[[np.ndarray], str] | None = None,
+    text_stream: Callable[[], TextStream] | None = None,
     chunk: int = 8,
 ) -> Stream:
     """`generate` in pieces, from the same compiled program: an iterator over what is new, `chunk` tokens at a time.
 
     Args:
-      decode_text: from all ids of an answer so far to its text; the pieces are then lists of what each answer's text
-        has grown by. Without it they are ids [rows, new], filled as the sequences are.
+      text_stream: makes what turns the ids of one answer into text; the pieces are then what the text has grown by, a
+        string, or of several answers a list of them. Without it they are ids [rows, new], filled as the sequences are.
       chunk: fewer tokens come sooner, more of them ask the device less often.
 
     Raises:
@@ -102,7 +103,7 @@ def stream(
     if chunk < 1:
         raise ValueError(f"chunk: expected 1 token or more, got {chunk}")
     request = make_request(model, inputs, config, tokenizer, cache, bucket)
-    return Stream(model, params, request, decode_text, chunk)
+    return Stream(model, params, request, text_stream, chunk)
 
 
 class Stream(Iterator[Any]):
@@ -116,14 +117,14 @@ class Stream(Iterator[Any]):
         model: Any,
         params: Any,
         request: Request,
-        decode_text: Callable[[np.ndarray], str] | None,
+        text_stream: Callable[[], TextStream] | None,
         chunk: int,
     ) -> None:
         self._request = request
         self._state: Any = begin_request(model, params, request)
         self._chunk = chunk
         self._go_on_until = partial(decode, model, request.plan, params, request.options)
-        self._pieces = self._ids() if decode_text is None else self._texts(decode_text)
+        self._pieces = (ids for ids, _ in self._chunks()) if text_stream is None else self._texts(text_stream)
 
     def __next__(self) -> Any:
         return next(self._pieces)
@@ -133,29 +134,31 @@ class Stream(Iterator[Any]):
         """The answers so far."""
         return _output(self._request, self._state)
 
-    def _ids(self) -> Iterator[np.ndarray]:
+    def _chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """New ids [rows, new], and how many of them are the row's own."""
         wanted = 1  # the first token comes alone, so that nobody waits for a whole chunk
         while not self._is_over():
             before = int(self._state.step)
             until = min(before + wanted, self._request.limit)
             self._state, wanted = self._go_on_until(self._state, np.int32(until)), self._chunk
-            yield _answers(self._state)[0][:, before:]
+            new, lengths = _answers(self._state)
+            yield new[:, before:], np.maximum(lengths - before, 0)
 
-    def _texts(self, decode_text: Callable[[np.ndarray], str]) -> Iterator[list[str]]:
-        sent = [""] * len(self._state.logits)
-        for _ in self._ids():
-            answers, lengths = _answers(self._state)
-            texts = [decode_text(answer[:length]) for answer, length in zip(answers, lengths, strict=True)]
-            if not self._is_over():
-                # A letter of which some bytes are yet to come decodes to this sign, and waits.
-                texts = [text.rstrip("\ufffd") for text in texts]
-            pieces = [text[len(old) :] for text, old in zip(texts, sent, strict=True)]
-            sent = texts
-            if any(pieces):
-                yield pieces
+    def _texts(self, text_stream: Callable[[], TextStream]) -> Iterator[str | list[str]]:
+        rows = [text_stream() for _ in self._state.logits]
+        for ids, lengths in self._chunks():
+            own = (row_ids[:length].tolist() for row_ids, length in zip(ids, lengths, strict=True))
+            yield from _said(["".join(map(row.put, row_ids)) for row, row_ids in zip(rows, own, strict=True)])
+        yield from _said([row.end() for row in rows])
 
     def _is_over(self) -> bool:
         return int(self._state.step) >= self._request.limit or bool(self._state.done.all())
+
+
+def _said(texts: list[str]) -> Iterator[str | list[str]]:
+    """The piece of a stream that these texts are; none where nothing is new."""
+    if any(texts):
+        yield texts[0] if len(texts) == 1 else texts
 
 
 def begin_request(model: Any, params: Any, request: Request) -> State:
