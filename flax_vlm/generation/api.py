@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from flax_vlm.generation.beams import Beams
 from flax_vlm.generation.config import GenerationConfig
-from flax_vlm.generation.loop import begin, decode, prefill, repeat
+from flax_vlm.generation.loop import begin, conclude, decode, prefill, repeat
 from flax_vlm.generation.request import Request, bucket_length, make_request
 from flax_vlm.generation.state import Decoding, State
 from flax_vlm.layers.kv_cache import KVCache
@@ -72,7 +72,7 @@ def generate(
     """
     request = make_request(model, inputs, config or GenerationConfig(), tokenizer, cache, bucket)
     state = begin_request(model, params, request)
-    return _output(request, decode(model, request.plan, params, request.options, state, np.int32(request.limit)))
+    return _output(request, go_on(model, params, request, state, request.limit))
 
 
 def stream(
@@ -123,7 +123,7 @@ class Stream(Iterator[Any]):
         self._request = request
         self._state: Any = begin_request(model, params, request)
         self._chunk = chunk
-        self._go_on_until = partial(decode, model, request.plan, params, request.options)
+        self._go_on = partial(go_on, model, params, request)
         self._pieces = (ids for ids, _ in self._chunks()) if text_stream is None else self._texts(text_stream)
 
     def __next__(self) -> Any:
@@ -140,7 +140,7 @@ class Stream(Iterator[Any]):
         while not self._is_over():
             before = int(self._state.step)
             until = min(before + wanted, self._request.limit)
-            self._state, wanted = self._go_on_until(self._state, np.int32(until)), self._chunk
+            self._state, wanted = self._go_on(self._state, until), self._chunk
             new, lengths = _answers(self._state)
             yield new[:, before:], np.maximum(lengths - before, 0)
 
@@ -173,6 +173,16 @@ def begin_request(model: Any, params: Any, request: Request) -> State:
     return begin(request.plan, request.prompt, request.options, logits, cache)
 
 
+def go_on(model: Any, params: Any, request: Request, state: Any, until: int) -> Any:
+    """The state when so many tokens are new; what nobody goes on from is not asked for behind the last of them."""
+    asked = until if (request.gives_cache or request.config.num_beams > 1) else min(until, request.limit - 1)
+    if int(state.step) < asked:
+        state = decode(model, request.plan, params, request.options, state, np.int32(asked))
+    if asked < until and not state.done.all():
+        state = conclude(request.plan, request.options, state)
+    return state
+
+
 def _answers(state: State) -> tuple[np.ndarray, np.ndarray]:
     """The new tokens [rows, N], or of beams [B, K, N], and how many of them are the row's own."""
     if isinstance(state, Beams):
@@ -196,12 +206,11 @@ def _output(request: Request, state: State) -> GenerateOutput:
     new = np.where(np.arange(new.shape[1]) < lengths[:, None], new, config.fill_id)
     prompts = np.repeat(request.input_ids, config.num_return_sequences, axis=0)
     kept = {name: buffer[: int(state.step)] for name, buffer in state.kept.items()}
-    gives_cache = isinstance(state, Decoding) and (config.return_dict_in_generate or request.cache is not None)
     return GenerateOutput(
         sequences=np.concatenate([prompts, new], axis=1),
         lengths=lengths,
         sequences_scores=scores,
         scores=kept.get("scores"),
         logits=kept.get("logits"),
-        cache=state.cache if gives_cache else None,
+        cache=state.cache if request.gives_cache else None,
     )

@@ -4,6 +4,7 @@
     repeat    makes one row for each answer or beam
     begin     sets up the state
     decode    choose, write, ask the model; and again, `until` so many tokens are new or nothing is left to do
+    conclude  choose and write the last one
 
 `generate` runs decode to the end, `stream` in pieces: the same program, since `until` is traced. The cache is donated
 from each to the next (`repeat` has to make a new one), so it stays where it is.
@@ -91,21 +92,33 @@ def decode(model: Any, plan: Plan, params: Any, options: Options, state: AnyStat
     return lax.while_loop(lambda state: (state.step < until) & state.goes_on(), body, state)
 
 
+@partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def conclude(plan: Plan, options: Options, state: Decoding) -> Decoding:
+    """The last token: nothing follows, so the model is not asked."""
+    written, _ = _write(plan, options, state)
+    return written.replace(cache=state.cache.replace(index=state.cache.index + 1))
+
+
 def _step(model: Any, plan: Plan, params: Any, options: Options, state: Decoding) -> Decoding:
-    """One token for every row that has not ended."""
+    """One token for every row that has not ended, and what the model makes of it."""
+    written, ids = _write(plan, options, state)
+    logits, cache = ask(model, params, state.cache, input_ids=ids[:, None], attention_mask=~state.done[:, None])
+    return written.replace(logits=logits, cache=cache)
+
+
+def _write(plan: Plan, options: Options, state: Decoding) -> tuple[Decoding, Int[Array, " B"]]:
+    """The next token of every row, chosen and noted."""
     slot = state.cache.index
     scores = process(state.logits, state.history, options, state.step, slot, plan.no_repeat_ngram_size)
     if options.sampling is not None:
         scores = warp(scores, options.sampling)
     ids = jnp.where(state.done, options.fill_id, choose(scores, state.keys, state.step))
     history, ends = state.history.append(ids, slot, options)
-    logits, cache = ask(model, params, state.cache, input_ids=ids[:, None], attention_mask=~state.done[:, None])
-    return state.replace(
+    written = state.replace(
         step=state.step + 1,
-        logits=logits,
-        cache=cache,
         history=history,
         kept=state.keeping(scores=scores, logits=state.logits),
         done=state.done | ends,
         lengths=state.lengths + ~state.done,
     )
+    return written, ids

@@ -47,6 +47,11 @@ class Request:
     limit: int  # new tokens
     cache: KVCache | None
 
+    @property
+    def gives_cache(self) -> bool:
+        """Whether a later call may go on from this one."""
+        return self.config.num_beams == 1 and (self.config.return_dict_in_generate or self.cache is not None)
+
 
 def make_request(
     model: Any,

@@ -86,6 +86,19 @@ def test_what_compiles(compiled: Any) -> None:
     assert compiled() == 2
 
 
+def test_the_last_token_is_not_read_unless_the_cache_is_wanted(compiled: Any) -> None:
+    two = run(prompts(*[5] * 9), max_new_tokens=2, output_scores=True)
+    assert compiled() == 2
+    one = run(prompts(*[5] * 9), max_new_tokens=1, output_scores=True)
+    np.testing.assert_array_equal(one.sequences, two.sequences[:, :-1])
+    assert one.scores is not None and two.scores is not None and (one.scores.shape[0], two.scores.shape[0]) == (1, 2)
+    run(prompts(*[5] * 10), max_new_tokens=1)
+    assert compiled() == 1, "the prefill; there is no loop"
+    out = run(prompts(*[5] * 10), max_new_tokens=1, return_dict_in_generate=True)
+    assert compiled() == 1, "the loop"
+    assert out.cache is not None and out.cache.may_attend.sum(1).tolist() == [6] * 10
+
+
 def test_beams_of_other_worth_do_not_compile(compiled: Any) -> None:
     options: dict[str, Any] = {"num_beams": 2, "eos_token_id": 3}
     run(prompts(*[5] * 11), **options)
