@@ -23,13 +23,13 @@ from pathlib import Path, PureWindowsPath
 from reprlib import repr as shortened
 from typing import Any, Protocol
 
-import ml_dtypes  # before any bfloat16 is read: it is what teaches numpy, and so safetensors, the dtype
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .errors import ConversionError, Faults
+from flax_vlm.array_files import Index, plain, read_slice
 
-Index = tuple[slice, ...]  # one slice an axis, of step 1
+from .errors import ConversionError, Faults
 
 LAYOUTS = (  # a file of everything, or the index of its shards; the first pair that is there is read
     ("model.safetensors", "model.safetensors.index.json"),
@@ -122,15 +122,7 @@ class TorchFiles:
           ConversionError: for a file that became shorter; OSError, naming the file, where the disk fails.
         """
         info, shard = self.tensors[name], self._shard_of[name]
-        if index is None:
-            return shard.read(name)
-        # Neither format takes every slice that numpy takes (negative, past the end, empty), so give both plain ones.
-        bounds = [part.indices(size) for part, size in zip(index, info.shape, strict=True)]
-        if any(step != 1 for _, _, step in bounds):
-            raise ValueError(f"slices of step 1 are read, {index} was asked for; take every n-th after reading")
-        if any(stop <= start for start, stop, _ in bounds):
-            return np.empty([max(0, stop - start) for start, stop, _ in bounds], info.dtype)
-        return shard.read(name, tuple(slice(start, stop) for start, stop, _ in bounds))
+        return shard.read(name, plain(index, info.shape))
 
 
 class InMemory:
@@ -221,7 +213,8 @@ class _Safetensors:
         weakref.finalize(self, os.close, self._descriptor)
         try:
             laid_out = list(_laid_out(path, self._descriptor))
-            self._file = safe_open(path, framework="numpy")
+            with safe_open(path, framework="numpy"):  # its judgement of the header
+                pass
         except ConversionError:
             raise
         except (SafetensorError, ValueError, RecursionError) as error:
@@ -229,33 +222,18 @@ class _Safetensors:
         self.tensors = {name: info for name, info, _ in laid_out}
         self._starts = {name: start for name, _, start in laid_out}
 
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """What lies together in the file (a tensor, or rows of it) is read, the rest is copied out of the mapped file.
-
-        Reading keeps the file's pages from counting as this process's memory, and makes an error of what would be a
-        signal in a mapping: a disk that fails, a file that became shorter.
-        """
+    def read(self, name: str, index: Index) -> np.ndarray:
         info = self.tensors[name]
-        start, shape = self._starts[name], info.shape
-        if index:
-            rows, *rest = index
-            if rest != [slice(0, size) for size in shape[1:]]:
-                return self._file.get_slice(name)[index]
-            start += info.nbytes // shape[0] * rows.start
-            shape = (rows.stop - rows.start, *shape[1:])
-        array = np.empty(shape, info.dtype)
-        left = array.reshape(-1).view(np.uint8).data
-        while left:
-            try:
-                count = os.preadv(self._descriptor, [left], start)
-            except OSError as error:  # which names no file of itself
-                raise OSError(error.errno, error.strerror, str(self._path)) from error
-            if not count:
-                raise ConversionError(
-                    f"{self._path}: {name} was expected whole, the file now ends in it. "
-                    "Something shortened it while it was being read; download it again."
-                )
-            left, start = left[count:], start + count
+        array = np.empty([part.stop - part.start for part in index], info.dtype)
+        try:
+            read_slice(self._descriptor, self._starts[name], info.shape, index, array)
+        except EOFError as error:
+            raise ConversionError(
+                f"{self._path}: {name} was expected whole, the file now ends in it. "
+                "Something shortened it while it was being read; download it again."
+            ) from error
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         return array
 
 
@@ -309,12 +287,10 @@ class _Pickle:
             dtype = _known_dtype(path, name, str(tensor.dtype).removeprefix("torch."), BY_NAME)
             self.tensors[name] = TensorInfo(tuple(tensor.shape), dtype, path)
 
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+    def read(self, name: str, index: Index) -> np.ndarray:
         import torch
 
-        tensor = self._load(self._path)[name].detach().resolve_neg()
-        if index is not None:
-            tensor = tensor[index]
+        tensor = self._load(self._path)[name].detach().resolve_neg()[index]
         if tensor.dtype == torch.bfloat16:  # torch's bridge to numpy does not know it: cross as plain bits
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()

@@ -1,13 +1,14 @@
 """The arrays of a native checkpoint: its folder `params/`, one zarr array a parameter, laid out as Orbax reads it.
 
-Opening reads names, shapes and dtypes only; reading takes a whole array or a slice of it, through tensorstore. Neither
-needs JAX. Arrays are stored uncompressed in chunks of about 8 MiB, so that a conversion holds little more than a chunk.
-A slice costs all chunks that it touches: little more than its own bytes along the axis that was streamed (PyTorch's
-rows), up to all of the array across it. `publish` has Orbax write what it keeps beside the arrays; what is then there
-restores with orbax.checkpoint.StandardCheckpointer, onto any mesh.
+Opening reads names, shapes and dtypes only; reading takes a whole array or a slice of it. Neither needs JAX. A
+conversion stores arrays uncompressed, in chunks of about 8 MiB, so that it holds little more than a chunk; of these a
+slice costs the rows that it touches. What Orbax wrote goes through tensorstore, which reads whole chunks. `publish` has
+Orbax write what it keeps beside the arrays; what is then there restores with orbax.checkpoint.StandardCheckpointer,
+onto any mesh.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ import numpy as np
 
 BLOCK = 8 << 20  # bytes: what one step of a stream holds
 CHUNK = 8 << 20  # bytes: the largest file of an array, unless one row of it is larger
+PIECE = 512 << 10  # bytes: rows that stay in a core's cache while some of their columns are taken out
 
 Index = tuple[slice, ...]  # one slice an axis, of step 1
 
@@ -63,21 +65,27 @@ class ArrayFiles:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder}: expected parameters that Orbax wrote, came: {error!r}. {_AGAIN}") from error
         self._names = {"/".join(path): ".".join(path) for path in keys}
+        self._bare: set[str] = set()  # arrays whose chunks are files of their bytes alone
         self.tensors = {path: self._info(path) for path in self._names}
 
     def read(self, path: str, index: Index | None = None) -> np.ndarray:
-        """One array, or a slice of it.
+        """One array, or a slice of it. May be called by threads.
 
         Raises:
           ValueError: for a damaged array; OSError, naming it, where the disk fails.
         """
-        import tensorstore
+        info, folder = self.tensors[path], self._folder / self._names[path]
+        index = plain(index, info.shape)
+        store = None if path in self._bare else self._store(path)
+        with _reading(folder):
+            # numpy asks for large pages, tensorstore does not
+            array = np.empty([part.stop - part.start for part in index], info.dtype)
+            if store is None:
+                _read_chunks(folder, info, index, array)
+            else:
+                import tensorstore
 
-        store = self._store(path)
-        with _reading(self._folder / self._names[path]):
-            chosen = store if index is None else store[index]
-            array = np.empty(chosen.shape, chosen.dtype.numpy_dtype)  # numpy asks for large pages, tensorstore does not
-            tensorstore.array(array, copy=False, write=True).write(chosen).result()
+                tensorstore.array(array, copy=False, write=True).write(store[index]).result()
             return array
 
     def _store(self, path: str) -> Any:
@@ -102,10 +110,16 @@ class ArrayFiles:
         header = self._folder / self._names[path] / "zarr.json"
         try:  # without tensorstore, for the sake of `flax-vlm inspect`
             data = json.loads(header.read_bytes())
-            chunks = data["chunk_grid"]["configuration"]["chunk_shape"]
-            return ArrayInfo(tuple(data["shape"]), np.dtype(data["data_type"]), tuple(chunks))
+            shape, chunks = data["shape"], data["chunk_grid"]["configuration"]["chunk_shape"]
+            info = ArrayInfo(tuple(shape), np.dtype(data["data_type"]), tuple(chunks))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{header}: expected the header of an array, came: {error!r}. {_AGAIN}") from error
+        plausible = all(type(size) is int and size >= 0 for size in (*shape, *chunks)) and len(shape) == len(chunks)
+        if plausible and 0 not in chunks and not self._sparse:
+            expected = {"zarr_format": 3, "node_type": "array", "fill_value": data.get("fill_value")}
+            if data == expected | _metadata(info.shape, info.dtype, info.chunks):
+                self._bare.add(path)
+        return info
 
 
 _AGAIN = "Convert or copy the checkpoint again."
@@ -129,6 +143,84 @@ def _reading(array: Any) -> Iterator[None]:
             yield
     except ValueError as error:
         raise ValueError(f"{array}: cannot be read: {error}. {_AGAIN}") from error
+
+
+def plain(index: Index | None, shape: tuple[int, ...]) -> Index:
+    """Slices as numpy takes them (None, negative, past the end), as bounds within `shape`."""
+    if index is None:
+        return tuple(slice(0, size) for size in shape)
+    bounds = [part.indices(size) for part, size in zip(index, shape, strict=True)]
+    if any(step != 1 for _, _, step in bounds):
+        raise ValueError(f"slices of step 1 are read, {index} was asked for; take every n-th after reading")
+    return tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
+
+
+def read_slice(file: int, start: int, shape: tuple[int, ...], index: Index, out: np.ndarray) -> None:
+    """Fills `out` with a slice of an array of `shape`, which lies in row-major order from byte `start` of a file.
+
+    What lies together in both is read in place. Of what does not, rows are read and their columns taken out: a disk
+    reads whole pages anyway. Nothing is mapped: the file's pages would count as this process's memory, and a disk that
+    fails or a file that became shorter would be a signal, not an error.
+
+    Args:
+      file: its descriptor, which threads may share.
+      index: as `plain` makes it.
+
+    Raises:
+      EOFError: where the file ends too early; OSError, which names no file, where the disk fails.
+    """
+    if not out.size:
+        return
+    inner = index[1:]
+    row = math.prod(shape[1:]) * out.itemsize
+    start += index[0].start * row if index else 0
+    if out.flags.c_contiguous and inner == plain(None, shape[1:]):
+        _fill(file, start, out)
+    elif row > PIECE:
+        for at, part in enumerate(out):
+            read_slice(file, start + at * row, shape[1:], inner, part)
+    else:
+        rows = np.empty((min(len(out), PIECE // row), *shape[1:]), out.dtype)
+        for at in range(0, len(out), len(rows)):
+            some = rows[: len(out) - at]
+            _fill(file, start + at * row, some)
+            out[at : at + len(some)] = some[:, *inner]
+
+
+def _fill(file: int, start: int, out: np.ndarray) -> None:
+    left = out.reshape(-1).view(np.uint8).data
+    while left:
+        count = os.preadv(file, [left], start)
+        if not count:
+            raise EOFError
+        left, start = left[count:], start + count
+
+
+def _read_chunks(folder: Path, info: ArrayInfo, index: Index, out: np.ndarray) -> None:
+    """Fills `out` with a slice of an array whose chunks, also those past its edge, are files of their bytes alone."""
+    cells = [range(part.start // size, -(-part.stop // size)) for part, size in zip(index, info.chunks, strict=True)]
+    for cell in itertools.product(*cells) if out.size else ():
+        origin = [at * size for at, size in zip(cell, info.chunks, strict=True)]
+        part = [
+            slice(max(asked.start, first), min(asked.stop, first + size))
+            for asked, first, size in zip(index, origin, info.chunks, strict=True)
+        ]
+        ours = out[(*_moved(part, [asked.start for asked in index]), ...)]
+        chunk = folder.joinpath("c", *map(str, cell))
+        nbytes = math.prod(info.chunks) * out.itemsize
+        try:
+            with chunk.open("rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != nbytes:
+                    raise EOFError
+                read_slice(file.fileno(), 0, info.chunks, _moved(part, origin), ours)
+        except (FileNotFoundError, IsADirectoryError, EOFError) as error:
+            raise ValueError(f"{chunk} was expected to be a file of {nbytes} bytes") from error
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(chunk)) from error
+
+
+def _moved(part: Iterable[slice], origin: Iterable[int]) -> Index:
+    return tuple(slice(each.start - first, each.stop - first) for each, first in zip(part, origin, strict=True))
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, stream_axis: int | None) -> tuple[int, ...]:
@@ -162,6 +254,16 @@ def _rounded(size: int, limit: int) -> int:
     return min(limit, size if size < 128 else -(-size // 128) * 128)
 
 
+def _metadata(shape: Iterable[int], dtype: np.dtype, chunks: Iterable[int]) -> dict[str, Any]:
+    return {
+        "shape": list(shape),
+        "data_type": np.dtype(dtype).name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+    }
+
+
 def create_array(folder: str | Path, shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]) -> Any:
     """A new zarr array, as a tensorstore.TensorStore to write to; `folder` may be a gs:// address.
 
@@ -173,12 +275,7 @@ def create_array(folder: str | Path, shape: tuple[int, ...], dtype: np.dtype, ch
     spec = {
         "driver": "zarr3",
         "kvstore": kvstore,
-        "metadata": {
-            "shape": shape,
-            "data_type": np.dtype(dtype).name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-        },
+        "metadata": _metadata(shape, dtype, chunks),
         "store_data_equal_to_fill_value": True,  # a file for every chunk: one that is missing is a fault, not zeros
     }
     context = tensorstore.Context({"file_io_sync": False})

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,65 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "native"
 
 
+def test_slices_of_what_a_conversion_wrote(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any slice, of chunks beside each other and past the edge, is tensorstore's; rows cost no more than themselves."""
+    arrays = checkpoint.open_params(converted)
+    assert arrays._bare == set(arrays.tensors)
+    rng, read, counts = np.random.default_rng(0), os.preadv, []
+
+    def counting(*args: Any) -> int:
+        counts.append(read(*args))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", counting)
+    past_edge = beside = 0
+    for path, info in arrays.tensors.items():
+        store = arrays._store(path).read().result()
+        assert arrays.read(path).tobytes() == store.tobytes(), path
+        whole_chunks = all(size % chunk == 0 for size, chunk in zip(info.shape, info.chunks, strict=True))
+        past_edge += not whole_chunks
+        for _ in range(5):
+            ends = [sorted(rng.integers(0, size, 2, endpoint=True)) for size in info.shape]
+            index = tuple(slice(int(start), int(stop)) for start, stop in ends)
+            ours = arrays.read(path, index)
+            assert (ours.shape, ours.tobytes()) == (store[index].shape, store[index].tobytes()), (path, index)
+        if info.shape and whole_chunks:
+            beside += info.shape[1:] != info.chunks[1:]
+            counts.clear()
+            rows = arrays.read(path, (slice(1, 3), *(slice(None) for _ in info.shape[1:])))
+            assert sum(counts) == rows.nbytes, path
+    assert past_edge and beside
+    with pytest.raises(ValueError, match="step 1"):
+        arrays.read(WHERE, (slice(0, 4, 2), slice(None)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}]},
+        {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}}},
+        {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0]}}},
+        {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [53, 1]}}},
+        {"shape": [-53]},
+        {"node_type": "group"},
+        {"something": "new"},
+    ],
+    ids=str,
+)
+def test_a_layout_that_is_not_ours_is_tensorstores_to_read(change: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "params" / "bias"
+
+    def write(places: Any) -> None:
+        store = array_files.create_array(places["bias"], (53,), np.dtype(np.float32), (53,))
+        store.write(np.ones(53, np.float32)).result()
+
+    array_files.publish(tmp_path / "params", ["bias"], write)
+    assert ArrayFiles.open(tmp_path / "params")._bare == {"bias"}
+    header = json.loads((folder / "zarr.json").read_text())
+    (folder / "zarr.json").write_text(json.dumps(header | change))
+    assert ArrayFiles.open(tmp_path / "params")._bare == set()
+
+
 @pytest.mark.parametrize("with_target", [False, True])
 def test_orbax_restores_what_a_conversion_wrote(with_target: bool, converted: Path) -> None:
     expected = flax_vlm.from_pretrained(converted).params
@@ -116,8 +176,9 @@ def test_a_damaged_chunk(damage: Callable[[Path], Any], tmp_path: Path, monkeypa
     assert len(files) > 3
     damage(files[1])
     arrays = checkpoint.open_params(tmp_path / "native")
+    message = rf"word_embeddings\.embedding: cannot be read: {files[1]} was expected .* \d+ bytes\. .* checkpoint again"
     for index in (None, (slice(None), slice(0, 5))):
-        with pytest.raises(ValueError, match=r"word_embeddings\.embedding: cannot be read: .* checkpoint again"):
+        with pytest.raises(ValueError, match=message):
             arrays.read(WHERE, index)
     with pytest.raises(ValueError, match=r"word_embeddings\.embedding: cannot be read"):
         flax_vlm.from_pretrained(tmp_path / "native")
@@ -172,6 +233,20 @@ def test_an_unreadable_chunk_is_the_systems_fault(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"dense\.bias") as caught:
         checkpoint.open_params(tmp_path).read("dense/bias")
     assert caught.value.errno
+
+
+def test_a_disk_that_fails(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    arrays = checkpoint.open_params(converted)
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        arrays.read(WHERE)
+    assert caught.value.filename.endswith("word_embeddings.embedding/c/0/0")
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)  # it was cut after its size had been looked at
+    with pytest.raises(ValueError, match=r"word_embeddings\.embedding/c/0/0 was expected to be a file of \d+ bytes"):
+        arrays.read(WHERE)
 
 
 def test_a_failure_of_orbax_is_raised_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

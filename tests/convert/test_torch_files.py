@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from flax_vlm import array_files
 from flax_vlm.convert.torch_files import TorchFiles
 from tests.convert.written import write_torch
 
@@ -120,7 +121,7 @@ def test_an_index_of_the_one_file_beside_it(tmp_path: Path):
     assert len(TorchFiles.open(tmp_path).files) == 2
 
 
-def test_whole_tensors_and_rows_are_read_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tensors_and_slices_are_read_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     files = TorchFiles.open(write(tmp_path, STATE))
     read, counts = os.preadv, []
 
@@ -136,7 +137,19 @@ def test_whole_tensors_and_rows_are_read_not_mapped(tmp_path: Path, monkeypatch:
     assert equal(files.read("kernel", (slice(1, 4), slice(None))), STATE["kernel"][1:4])
     assert sum(counts) == kernel.nbytes + STATE["kernel"][1:4].nbytes
     assert equal(files.read("kernel", (slice(None), slice(1, 2))), STATE["kernel"][:, 1:2])
-    assert sum(counts) == kernel.nbytes + STATE["kernel"][1:4].nbytes  # that one the library copied
+    assert sum(counts) == 2 * kernel.nbytes + STATE["kernel"][1:4].nbytes  # of columns, all of their rows
+
+
+@pytest.mark.parametrize("piece", [1, 8, 50, 200, 10_000])
+def test_columns_are_read_in_pieces(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pieces that hold less than a value, some values, a row of the last axes, some rows, everything."""
+    monkeypatch.setattr(array_files, "PIECE", piece)
+    state = {"conv": STATE["conv"], "norm": STATE["norm"], "kernel": STATE["kernel"].astype(ml_dtypes.bfloat16)}
+    files = TorchFiles.open(write(tmp_path, state))
+    for name, array in state.items():
+        bounds = ([(None, None), (0, 1), (1, size - 1)] for size in array.shape)
+        for index in itertools.product(*([slice(*bound) for bound in axis] for axis in bounds)):
+            assert equal(files.read(name, index), array[index]), (name, index)
 
 
 def test_threads_read(tmp_path: Path):
