@@ -6,11 +6,12 @@ from typing import Any
 
 from flax_vlm.models import registry
 
-from . import altclip, idefics
+from . import altclip, glm4v, idefics
 from .rules import Drop, Row, Rule, match
 
-TABLES: dict[str, tuple[Row, ...]] = {**altclip.TABLES, **idefics.TABLES}
+TABLES: dict[str, tuple[Row, ...]] = {**altclip.TABLES, **glm4v.TABLES, **idefics.TABLES}
 _TIED = idefics.TIED_TABLES
+_OTHER_SPELLINGS = glm4v.OTHER_SPELLINGS
 
 
 def table(model: str, config: Any = None) -> tuple[Row, ...]:
@@ -36,6 +37,7 @@ def layout_for(model: str, names: Iterable[str], config: Any = None) -> tuple[Ro
     """
     candidates = [table(model, config)]
     candidates += [within(table(whole, config), prefix, model) for whole, prefix in registry.wholes_of(model).items()]
+    candidates += _OTHER_SPELLINGS.get(model, ())
     names = list(names)
 
     def filled(rows: tuple[Row, ...]) -> int:

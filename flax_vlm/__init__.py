@@ -22,6 +22,14 @@ if TYPE_CHECKING:
         AltCLIPVisionModel,
         AltRobertaModel,
     )
+    from flax_vlm.models.glm4v import (
+        EVA2CLIPModel,
+        GLM4VConfig,
+        GLM4VForCausalLM,
+        GLM4VForConditionalGeneration,
+        GLM4VModel,
+        GLM4VVisionConfig,
+    )
     from flax_vlm.models.idefics import (
         IdeficsConfig,
         IdeficsForVisionText2Text,
@@ -36,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ALTCLIP = "flax_vlm.models.altclip"
+_GLM4V = "flax_vlm.models.glm4v"
 _IDEFICS = "flax_vlm.models.idefics"
 _HOMES = {
     "AltCLIPConfig": _ALTCLIP,
@@ -45,6 +54,12 @@ _HOMES = {
     "AltCLIPVisionConfig": _ALTCLIP,
     "AltCLIPVisionModel": _ALTCLIP,
     "AltRobertaModel": _ALTCLIP,
+    "EVA2CLIPModel": _GLM4V,
+    "GLM4VConfig": _GLM4V,
+    "GLM4VForCausalLM": _GLM4V,
+    "GLM4VForConditionalGeneration": _GLM4V,
+    "GLM4VModel": _GLM4V,
+    "GLM4VVisionConfig": _GLM4V,
     "GenerationConfig": "flax_vlm.generation",
     "IdeficsConfig": _IDEFICS,
     "IdeficsForVisionText2Text": _IDEFICS,
@@ -67,6 +82,12 @@ __all__ = [
     "AltCLIPVisionConfig",
     "AltCLIPVisionModel",
     "AltRobertaModel",
+    "EVA2CLIPModel",
+    "GLM4VConfig",
+    "GLM4VForCausalLM",
+    "GLM4VForConditionalGeneration",
+    "GLM4VModel",
+    "GLM4VVisionConfig",
     "GenerationConfig",
     "IdeficsConfig",
     "IdeficsForVisionText2Text",

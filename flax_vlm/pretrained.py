@@ -18,7 +18,7 @@ from flax_vlm.layers.param_tree import common_float, flatten_params, unflatten_p
 from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
-from flax_vlm.processing import AltCLIPProcessor, IdeficsProcessor, TextStream
+from flax_vlm.processing import AltCLIPProcessor, GLM4VProcessor, IdeficsProcessor, TextStream
 from flax_vlm.whole_folder import whole_folder
 
 logger = logging.getLogger("flax_vlm")
@@ -242,7 +242,8 @@ def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any
     return _Opened(model, abstract, common_float(leaf.dtype for leaf in held.values()), shapes, read)
 
 
-_PROCESSORS = {"altclip": AltCLIPProcessor, "idefics": IdeficsProcessor}  # by the family's name
+# By the family's name.
+_PROCESSORS = {"altclip": AltCLIPProcessor, "glm4v": GLM4VProcessor, "idefics": IdeficsProcessor}
 
 
 def _load_processor(folder: Path, config: Any) -> Any:

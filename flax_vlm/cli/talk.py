@@ -1,7 +1,7 @@
 """Commands for people who talk with a model about pictures."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,13 +45,15 @@ def generate(
     vlm = _load(model, dtype)
     inputs = vlm.processor(prompted)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams} | _tokens_of_the_layout(vlm)
+    options["do_sample"] = temperature is not None  # whatever the checkpoint says
     if temperature is not None:
-        options |= {"do_sample": True, "temperature": temperature, "seed": seed}
+        options |= {"temperature": temperature, "seed": seed}
     if num_beams > 1:
         sequences = vlm.generate(**inputs, **options).sequences
-        print(vlm.processor.decode(sequences[0, inputs["input_ids"].shape[1] :]))
-        return
-    for piece in vlm.generate(**inputs, **options, stream=True):
+        pieces = iter([vlm.processor.decode(sequences[0, inputs["input_ids"].shape[1] :])])
+    else:
+        pieces = vlm.generate(**inputs, **options, stream=True)
+    for piece in _answer(vlm, pieces):
         print(piece, end="", flush=True)
     print()
 
@@ -128,37 +130,39 @@ class _Chat:
 
         messages = self._messages_with(text, pictures)
         inputs = self._read(messages)
-        ids, pixels = inputs["input_ids"][0], inputs.pop("pixel_values", None)
-        num_pictures = 0 if pixels is None else pixels.shape[1]
-        known = len(self._ids)
-        room = 0 if self._cache is None else self._cache.length - int(self._cache.index) - self._limit
-        if not 0 < len(ids) - known <= room or (ids[:known] != self._ids).any():
+        ids, known = inputs["input_ids"][0], len(self._ids)
+        new = self._vlm.processor.after(inputs, known)
+        room = 0 if self._cache is None else self._cache.length - int(self._cache.index)
+        if known >= len(ids) or (ids[:known] != self._ids).any() or self._slots(new, len(ids)) > room:
             self._forget()
-            known = 0
-            slots = max(512, bucket_length(2 * (len(ids) + self._limit)))  # for turns to come
-            self._cache = self._vlm.model.init_cache(1, slots)
-        new = {name: array[:, known:] for name, array in inputs.items()}
-        if num_pictures > self._num_pictures:
-            new["pixel_values"] = pixels  # all of them: they replace those of the cache
+            new, known = inputs, 0
+            slots = self._slots(new, len(ids))
+            self._cache = self._vlm.model.init_cache(1, max(512, bucket_length(2 * slots)))  # for turns to come
         cache, self._cache = self._cache, None  # it is used up, and has to come back
         answer = ""
         try:
             stream = self._vlm.generate(**new, **self._options, cache=cache, stream=True)
-            for piece in stream:
+            for piece in _answer(self._vlm, stream):
                 print(piece, end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:
             self._forget()
         else:
             self._cache, said = stream.output.cache, stream.output.sequences[0, len(ids) - known :]
-            self._ids, self._num_pictures = np.concatenate([ids, said]), num_pictures
+            self._ids = np.concatenate([ids, said])
         print()
         self._messages = [*messages, {"role": "assistant", "content": answer.strip()}]
 
     def _forget(self) -> None:
         self._cache: Any = None
         self._ids: Any = []  # what it holds, answers among them
-        self._num_pictures = 0
+
+    def _slots(self, inputs: Mapping[str, Any], tokens: int) -> int:
+        """How many slots of a cache inputs and answer take; `tokens` are those of the whole talk."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        extra = getattr(self._vlm.model, "extra_slots", None)
+        pictures = 0 if extra is None else extra(ids, mask, inputs, tokens + self._limit)
+        return ids.shape[1] + pictures + self._limit
 
     def _messages_with(self, text: str, pictures: Sequence[Any]) -> list[dict[str, Any]]:
         content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
@@ -188,6 +192,14 @@ def _tokens_of_the_layout(vlm: Any) -> dict[str, Any]:
         "eos_token_id": [*config.stop_ids, *([] if end is None else [end])],
         "bad_words_ids": [*(config.bad_words_ids or []), *([index] for index in ids.values() if index is not None)],
     }
+
+
+def _answer(vlm: Any, pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces of an answer without what the layout has in front of it."""
+    begins = vlm.processor.answer_begins
+    for piece in pieces:
+        yield piece.removeprefix(begins)
+        begins = ""
 
 
 def _next_line(prompt: str) -> str | None:

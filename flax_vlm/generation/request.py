@@ -65,21 +65,24 @@ def make_request(
     arrays = {name: value for name, value in inputs.items() if value is not None}
     input_ids, mask = _tokens(arrays, config)
     batch, length = input_ids.shape
-    limit, least = config.new_tokens(length, continued=cache is not None)
-    round_up = bucket or int
-    if cache is None:
-        padded = round_up(length)
-        slots = round_up(padded + limit)
-    else:
+    if cache is not None:
         if cache.index.is_deleted():
             raise ValueError("this cache was used up by the call it was given to: go on from that one's output.cache")
-        slots = cache.length
-        room = slots - int(cache.index) - limit
         if cache.may_attend.shape[0] != batch:
             raise ValueError(f"the cache has {cache.may_attend.shape[0]} rows, and there are {batch} prompts")
+    limit, least = config.new_tokens(length, continued=cache is not None)
+    round_up = bucket or int
+    extra = _extra_slots(model, arrays, input_ids, mask, limit, cache)
+    if cache is None:
+        padded = round_up(length)
+        slots = round_up(padded + extra + limit)
+    else:
+        slots = cache.length
+        used = int(cache.index)
+        room = slots - used - limit - extra
         if length > room:
             raise ValueError(
-                f"the cache has {slots} slots, {int(cache.index)} of them used: {length} tokens and {limit} new ones "
+                f"the cache has {slots} slots, {used} of them used: {length + extra} tokens and {limit} new ones "
                 "do not fit. Create it with a larger length, or pass a smaller max_new_tokens"
             )
         padded = min(round_up(length), room)
@@ -192,6 +195,16 @@ def _tokens(
             "answer does not begin. Set the tokenizer's padding_side to 'left'"
         )
     return input_ids.astype(np.int32), mask
+
+
+def _extra_slots(
+    model: Any, arrays: Mapping[str, Any], input_ids: np.ndarray, mask: np.ndarray, limit: int, cache: KVCache | None
+) -> int:
+    """Slots that the prompt takes besides those of its ids."""
+    if not hasattr(model, "extra_slots"):
+        return 0
+    past = 0 if cache is None else np.asarray(cache.next_position)
+    return model.extra_slots(input_ids, mask, arrays, int((past + mask.sum(-1)).max()) + limit)
 
 
 def _padded(array: np.ndarray, length: int, given: Any, fill: int = 0) -> Array:

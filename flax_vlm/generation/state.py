@@ -5,7 +5,11 @@ A model is a linen module with
     __call__(input_ids, attention_mask, cache, logits_to_keep=1, deterministic=True, **images)
                                             the mask speaks of the new tokens; returns `logits` [B, 1, V] and `cache`
     token_inputs                            names of further inputs whose axis 1 runs along the prompt's tokens
-It counts positions from what its cache may attend, and needs images once, with the prompt.
+    extra_slots(input_ids, attention_mask, inputs, positions)
+                                            may be absent; how many slots the prompt takes besides those of its ids.
+                                            `positions` is how many prompt and answer have; ValueError for too many,
+                                            and for further inputs (on the host, not padded) that do not fit the ids
+It counts positions by its cache, and needs images once, with the prompt.
 
 B rows   T prompt tokens   S slots of the cache   V vocabulary   N steps kept
 """

@@ -19,6 +19,8 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int, Int16
 
+from flax_vlm.processing.byte_pairs import byte_letters
+
 _MOST_STATES = 2**14  # a table entry is state * 2 + (a stop string ended), in int16
 
 
@@ -106,7 +108,7 @@ def token_bytes(tokenizer: tokenizers.Tokenizer) -> list[bytes]:
     """What each token adds to a text, by id; bytes, since a token may hold a part of a letter."""
     decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"])
     byte_level, byte_fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
-    letters = {letter: byte for byte, letter in _byte_letters().items()} if byte_level else {}
+    letters = {letter: byte for byte, letter in byte_letters().items()} if byte_level else {}
     # Decoders drop the space in front of a text: so every token is decoded behind the same beginning.
     beginning = tokenizer.encode("a", add_special_tokens=False).ids
     begun = tokenizer.decode(beginning, skip_special_tokens=False)
@@ -122,10 +124,3 @@ def token_bytes(tokenizer: tokenizers.Tokenizer) -> list[bytes]:
         else:
             texts.append((whole.removeprefix(begun) if name else "").encode())
     return texts
-
-
-def _byte_letters() -> dict[int, str]:
-    """The letters by which byte-level vocabularies write bytes: printable ones stand for themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -226,20 +226,18 @@ def _attend_blocked(
     if batch * num_blocks == 1:
         return attend_block((jnp.int32(0), jnp.int32(0)), query)
 
-    # dynamic_slice moves a last, short block back rather than reading past the end: its first rows repeat the
-    # previous block, and are dropped below.
+    # A last, short block is moved back rather than read past the end: its first rows are computed twice.
     starts = [min(i * block, num_queries - block) for i in range(num_blocks)]
     rows, offsets = (grid.ravel() for grid in jnp.meshgrid(jnp.arange(batch), jnp.array(starts), indexing="ij"))
 
-    def attend_at(position: tuple[Array, Array]) -> Array:
+    def attend_at(out: Array, position: tuple[Array, Array]) -> tuple[Array, None]:
         row, start = position
         queries = lax.dynamic_slice(query, (row, start, 0, 0), (1, block, *query.shape[2:]))
-        return attend_block(position, queries)[0]
+        return lax.dynamic_update_slice(out, attend_block(position, queries), (row, start, 0, 0)), None
 
-    out = lax.map(attend_at, (rows, offsets)).reshape(batch, num_blocks, block, *query.shape[2:])
-    repeated = num_blocks * block - num_queries
-    last = out[:, -1, repeated:]
-    return jnp.concatenate([out[:, :-1].reshape(batch, -1, *query.shape[2:]), last], axis=1)
+    # Every row of the buffer is overwritten. It starts as the query, not as zeros (as that of lax.map would), so that
+    # the buffers of all layers of an unrolled model are not made at its start and kept.
+    return lax.scan(attend_at, query, (rows, offsets))[0]
 
 
 def _group(array: Array, index: int, groups: int, axis: int) -> Array:

@@ -6,6 +6,8 @@
 - It remembers which slots may be attended, so a call brings the attention mask of its new tokens only.
 - Cross-attention keys and values are computed by the call that brings the other states (an encoder's, an image's),
   and kept in `cross`; until then it is None.
+- The next position of a row is the number of its open slots, unless `positions` counts them: an image may take more
+  slots than positions.
 - One entry a layer, so that an unrolled decode step updates each buffer in place (donate the cache).
 
 B batch   S slots   E encoder tokens   K key/value heads   H head width
@@ -51,6 +53,7 @@ class KVCache(struct.PyTreeNode):
     index: Int[Array, ""]
     cross: tuple[KeyValue, ...] | None = None
     cross_mask: Bool[Array, "B E"] | None = None
+    positions: Int[Array, " B"] | None = None
 
     @classmethod
     def create(
@@ -71,6 +74,11 @@ class KVCache(struct.PyTreeNode):
             may_attend=jnp.zeros((batch_size, length), bool),
             index=jnp.int32(0),
         )
+
+    @property
+    def next_position(self) -> Int[Array, " B"]:
+        """Of each row's next token."""
+        return self.may_attend.sum(-1) if self.positions is None else self.positions
 
     @property
     def length(self) -> int:

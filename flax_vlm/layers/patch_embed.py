@@ -15,15 +15,14 @@ from jaxtyping import Array, Float
 from flax_vlm.layers.linear import Initializer, matmul, partitioned, wide
 
 
-def check_images(pixel_values: Float[Array, "B H W C"], num_channels: int) -> None:
-    """Raises ValueError unless `pixel_values` is [B, H, W, num_channels]."""
-    if pixel_values.ndim != 4 or pixel_values.shape[-1] != num_channels:
+def check_images(images: Float[Array, "B H W C"], num_channels: int, name: str = "pixel_values") -> None:
+    """Raises ValueError unless `images`, an argument called `name`, is [B, H, W, num_channels]."""
+    if images.ndim != 4 or images.shape[-1] != num_channels:
         advice = ""
-        if pixel_values.ndim == 4 and pixel_values.shape[1] == num_channels:
-            advice = "; these look channels-first as in PyTorch: pass pixel_values.transpose(0, 2, 3, 1)"
+        if images.ndim == 4 and images.shape[1] == num_channels:
+            advice = f"; these look channels-first as in PyTorch: pass {name}.transpose(0, 2, 3, 1)"
         raise ValueError(
-            f"pixel_values has shape {pixel_values.shape}: expected channels-last [batch, height, width, "
-            f"{num_channels}]{advice}"
+            f"{name} has shape {images.shape}: expected channels-last [batch, height, width, {num_channels}]{advice}"
         )
 
 

@@ -1,4 +1,6 @@
-"""Rotary position embeddings (RoFormer, arXiv:2104.09864), in the half-split convention of LLaMA.
+"""Rotary position embeddings (RoFormer, arXiv:2104.09864).
+
+`rotate` pairs channel j with j + H/2, as LLaMA does; `rotate_interleaved` pairs neighbours, as RoFormer and GLM do.
 
 B batch   T tokens   N heads   H head width
 """
@@ -34,3 +36,12 @@ def rotate(states: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N
     """Turns the pair (j, j + H/2) of every head by its angle."""
     first, second = jnp.split(states, 2, axis=-1)
     return jnp.concatenate([first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1)
+
+
+def rotate_interleaved(states: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
+    """Turns the pair (2j, 2j + 1) of every head by its angle; channels past twice the number of angles stay."""
+    turning = 2 * by.cos.shape[-1]
+    first, second = states[..., :turning:2], states[..., 1:turning:2]
+    turned = jnp.stack([first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1)
+    turned = turned.reshape(*states.shape[:-1], turning)
+    return jnp.concatenate([turned, states[..., turning:]], axis=-1)

@@ -23,6 +23,10 @@ _FAMILIES = {
     "altclip": Family("altclip", "AltCLIPConfig", ("AltCLIPModel",)),
     "altclip_text_model": Family("altclip", "AltCLIPTextConfig", ("AltCLIPTextModel", "AltRobertaModel")),
     "altclip_vision_model": Family("altclip", "AltCLIPVisionConfig", ("AltCLIPVisionModel",)),
+    "chatglm": Family(
+        "glm4v", "GLM4VConfig", ("GLM4VForConditionalGeneration", "GLM4VModel", "GLM4VForCausalLM", "EVA2CLIPModel")
+    ),
+    "glm": Family("glm4v", "GLM4VConfig", ("GLM4VForConditionalGeneration",)),  # transformers' port of the decoder
     "idefics": Family(
         "idefics", "IdeficsConfig", ("IdeficsForVisionText2Text", "IdeficsModel", "IdeficsPerceiverResampler")
     ),
@@ -40,6 +44,8 @@ _PARTS = {
         "AltRobertaModel": "text_model/roberta/",
     },
     "AltCLIPTextModel": {"AltRobertaModel": "roberta/"},
+    "GLM4VForConditionalGeneration": {"GLM4VModel": "transformer/", "EVA2CLIPModel": "transformer/vision/"},
+    "GLM4VModel": {"EVA2CLIPModel": "vision/"},
     "IdeficsForVisionText2Text": {
         "IdeficsModel": "model/",
         "IdeficsVisionModel": "model/vision_model/",
@@ -54,6 +60,8 @@ _PARTS = {
 
 _TOWERS = {
     "AltCLIPModel": {"text": "AltCLIPTextModel", "vision": "AltCLIPVisionModel"},
+    "GLM4VForConditionalGeneration": {"text": "GLM4VForCausalLM", "vision": "EVA2CLIPModel"},
+    "GLM4VModel": {"vision": "EVA2CLIPModel"},
     "IdeficsForVisionText2Text": {"vision": "IdeficsVisionModel"},
     "IdeficsModel": {"vision": "IdeficsVisionModel"},
 }
@@ -102,7 +110,8 @@ def config_for(model: type[nn.Module], config: Any) -> Any:
     candidates = [config, *(getattr(config, name, None) for name in ("text_config", "vision_config"))]
     for candidate in candidates:
         if candidate is not None and model.__name__ in family(candidate.model_type).architectures:
-            return candidate
+            config_from = getattr(model, "config_from", None)
+            return config_from(candidate) if config_from else candidate
     raise ValueError(f"a {type(config).__name__} holds no {model.__name__}")
 
 

@@ -1,8 +1,17 @@
 """The host side: pictures and texts to numpy arrays. Needs numpy, Pillow and tokenizers, and neither jax nor torch."""
 
 from flax_vlm.processing.altclip import AltCLIPProcessor
+from flax_vlm.processing.glm4v import GLM4VProcessor
 from flax_vlm.processing.idefics import IdeficsProcessor
 from flax_vlm.processing.images import ImageProcessor, load_image
 from flax_vlm.processing.tokenizer import TextStream, Tokenizer
 
-__all__ = ["AltCLIPProcessor", "IdeficsProcessor", "ImageProcessor", "TextStream", "Tokenizer", "load_image"]
+__all__ = [
+    "AltCLIPProcessor",
+    "GLM4VProcessor",
+    "IdeficsProcessor",
+    "ImageProcessor",
+    "TextStream",
+    "Tokenizer",
+    "load_image",
+]

@@ -4,29 +4,32 @@ B prompts   T tokens   I pictures of the prompt that has most   H height   W wid
 """
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Int32, Shaped
-from PIL import Image
+from jaxtyping import Int, Int32, Shaped
 
-from flax_vlm.processing.images import ImageProcessor, load_image, read_image_config
+from flax_vlm.processing.images import ImageProcessor, read_image_config
+from flax_vlm.processing.prompts import (
+    Picture,
+    Prompt,
+    Transform,
+    as_batch,
+    checked,
+    naming,
+    paired,
+    picture,
+    pixels_of,
+    runs,
+)
 from flax_vlm.processing.tokenizer import Tokenizer
 
 FAKE, IMAGE = "<fake_token_around_image>", "<image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
-
-Picture = Path | bytes | Image.Image | np.ndarray
-Message = Mapping[str, Any]
-Prompt = str | Sequence[str | Picture] | Sequence[Message]
-
-_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://[^\s/?#]\S*")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class IdeficsProcessor:
 
     image_processor: ImageProcessor
     tokenizer: Tokenizer
+
+    # What the layout of a chat has in front of an answer, and the model says.
+    answer_begins = ""
 
     @classmethod
     def from_dir(cls, folder: str | Path) -> "IdeficsProcessor":
@@ -83,7 +89,7 @@ class IdeficsProcessor:
         add_eos_token: bool = False,
         add_end_of_utterance_token: bool | None = None,
         add_generation_prompt: bool = False,
-        transform: Callable[[Image.Image], Any] | None = None,
+        transform: Transform | None = None,
         dummy_image: bool = False,
     ) -> dict[str, Shaped[np.ndarray, "..."]]:
         """`input_ids` and `attention_mask` [B, T], `pixel_values` [B, I, H, W, 3], `image_attention_mask` [B, T, I].
@@ -105,12 +111,12 @@ class IdeficsProcessor:
           transform: from an RGB picture to an array [H, W, 3], instead of the image processor; for training.
           dummy_image: one picture of zeros where no prompt has any, as the reference does.
         """
-        prompts = _as_batch(text) if images is None else _paired(text, images)
+        prompts = as_batch(text) if images is None else _with_images(text, images)
         if add_end_of_utterance_token is None:
             add_end_of_utterance_token = END_OF_UTTERANCE in self.tokenizer.additional_special_tokens
         texts, pictures = [], []
         for number, prompt in enumerate(prompts):
-            with _naming(number):
+            with naming(number):
                 items = _read(prompt, add_end_of_utterance_token, add_generation_prompt)
                 texts.append(self._with_tokens(items, add_eos_token))
                 pictures.append([item for item in items if not isinstance(item, str)])
@@ -132,7 +138,7 @@ class IdeficsProcessor:
                 kept = (ids == image_id).sum(-1)
                 from_end = self.tokenizer.truncation_side == "left"
                 pictures = [row[len(row) - n :] if from_end else row[:n] for row, n in zip(pictures, kept, strict=True)]
-            out["pixel_values"] = self._pixels(pictures, most, transform)
+            out["pixel_values"] = pixels_of(pictures, most, self.image_processor, transform)
             out["image_attention_mask"] = image_attention_mask(ids, image_id, self.tokenizer.eos_token_id, most)
         return out
 
@@ -142,6 +148,16 @@ class IdeficsProcessor:
 
     def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
         return self.tokenizer.batch_decode(rows, skip_special_tokens)
+
+    def after(self, inputs: Mapping[str, np.ndarray], known: int) -> dict[str, np.ndarray]:
+        """What is left of one prompt's inputs for a cache that holds its first `known` tokens.
+
+        All pictures, where there are new ones: they replace those of the cache.
+        """
+        left = {name: array if name == "pixel_values" else array[:, known:] for name, array in inputs.items()}
+        if not (left["input_ids"] == self.tokenizer.backend.token_to_id(IMAGE)).any():
+            left.pop("pixel_values", None)
+        return left
 
     def _with_tokens(self, items: list[str | Picture], add_eos_token: bool) -> str:
         """The prompt as one text; pictures that follow each other share the token between them."""
@@ -167,34 +183,6 @@ class IdeficsProcessor:
             )
         return text + (self.tokenizer.special_token("eos_token") if add_eos_token else "")
 
-    def _pixels(
-        self, pictures: list[list[Picture]], most: int, transform: Callable[[Image.Image], Any] | None
-    ) -> Float[np.ndarray, "B I H W 3"]:
-        rows = []
-        for number, row in enumerate(pictures):
-            with _naming(number):
-                rows.append([self._process(picture, transform) for picture in row])
-        shapes = {pixels.shape for row in rows for pixels in row}
-        shapes = shapes or {self.image_processor(np.zeros((1, 1, 3), np.uint8)).shape[1:]}
-        if len(shapes) > 1:
-            raise ValueError(f"expected pictures of one size, got {sorted(shapes)}. Resize them in transform.")
-        out = np.zeros((len(rows), most, *shapes.pop()), np.float32)
-        for i, row in enumerate(rows):
-            for j, pixels in enumerate(row):
-                out[i, j] = pixels
-        return out
-
-    def _process(self, picture: Picture, transform: Callable[[Image.Image], Any] | None) -> Float[np.ndarray, "H W 3"]:
-        if transform is None:
-            return self.image_processor([picture])[0]
-        pixels = np.asarray(transform(load_image(picture)), np.float32)
-        if pixels.ndim != 3 or pixels.shape[-1] != 3:
-            raise ValueError(
-                f"transform: expected an array [height, width, 3], channels last, got {pixels.shape}. After "
-                "torchvision's ToTensor add lambda x: x.permute(1, 2, 0)."
-            )
-        return pixels
-
 
 def image_attention_mask(
     input_ids: Int[np.ndarray, "B T"], image_token_id: int | None, eos_token_id: int | None, number_of_images: int
@@ -212,33 +200,10 @@ def image_attention_mask(
     return (latest[..., None] == np.arange(number_of_images)).astype(np.int32)
 
 
-def _as_batch(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, list | tuple):
-        raise TypeError(
-            f"text: expected a str, a prompt or a list of prompts, got {type(prompts).__name__}. Wrap it in []."
-        )
-    are_lists = {isinstance(prompt, list | tuple) for prompt in prompts}
-    if len(are_lists) != 1:
-        came = "lists beside other things" if are_lists else "an empty list"
-        raise ValueError(f"text: expected one prompt, or a list of lists, got {came}. Make each prompt a list.")
-    return list(prompts) if True in are_lists else [prompts]
-
-
-def _paired(texts: Any, images: Any) -> list[Prompt]:
-    texts = [texts] if isinstance(texts, str) else texts
-    images = images if isinstance(images, list | tuple) else [images]
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise TypeError("text: expected a str for each of images, got other things. Put pictures in text or in images.")
-    if len(texts) != len(images) or not texts:
-        raise ValueError(
-            f"images: expected one for each text, got {len(images)} for {len(texts)}. For several pictures a text pass "
-            "a list of lists."
-        )
+def _with_images(texts: Any, images: Any) -> list[Prompt]:
     return [
-        [text, *map(_picture, image)] if isinstance(image, list | tuple) else [_picture(image), text]
-        for text, image in zip(texts, images, strict=True)
+        [text, *map(picture, image)] if isinstance(image, list | tuple) else [picture(image), text]
+        for text, image in paired(texts, images)
     ]
 
 
@@ -250,16 +215,9 @@ def _read(prompt: Any, add_end_of_utterance: bool, add_generation_prompt: bool) 
     if add_generation_prompt:
         raise ValueError('add_generation_prompt: expected a chat, got a list. End it with "\\nAssistant:" yourself.')
     out: list[str | Picture] = []
-    for item in items:
-        if isinstance(item, str):
-            _refuse_address(item)
-            if add_end_of_utterance and out and isinstance(out[-1], str):
-                out.append(END_OF_UTTERANCE)
-        elif not isinstance(item, Picture):
-            raise TypeError(
-                f"expected texts and pictures (PIL, a uint8 array, bytes, a Path), got {type(item).__name__}. For a "
-                "tensor pass np.asarray(x), uint8 and channels last."
-            )
+    for item in map(checked, items):
+        if isinstance(item, str) and add_end_of_utterance and out and isinstance(out[-1], str):
+            out.append(END_OF_UTTERANCE)
         out.append(item)
     return out
 
@@ -279,62 +237,22 @@ def _read_chat(messages: Sequence[Any], add_generation_prompt: bool) -> list[str
     for message in messages:
         match message:
             case {"role": "system", "content": content} if not out:
-                out += _runs(content)
+                out += _stripped(content)
                 continue
             case {"role": "user" | "assistant" as role, "content": content}:
-                runs = _runs(content)
+                parts = _stripped(content)
             case _:
                 raise ValueError(
                     'chat: expected messages {"role": "user" or "assistant", "content": ...}, before them perhaps one '
                     f'of "system", got {shortened(message)}. Correct it.'
                 )
         speaker = ("\n" if out else "") + role.capitalize() + ":"
-        match runs:
-            case [str(first), *runs]:
+        match parts:
+            case [str(first), *parts]:
                 speaker += " " + first
-        out += [speaker, *runs, END_OF_UTTERANCE]
+        out += [speaker, *parts, END_OF_UTTERANCE]
     return [*out, "\nAssistant:"] if add_generation_prompt else out
 
 
-def _runs(content: Any) -> list[str | Picture]:
-    """The parts of a message's content, texts that follow each other as one."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    runs: list[str | Picture] = []
-    for part in parts:
-        match part:
-            case {"type": "text", "text": str(text)}:
-                last = runs[-1] if runs else None
-                runs = [*runs[:-1], last + text] if isinstance(last, str) else [*runs, text]
-            case {"type": "image", "image": image} | {"type": "image", "path": image} | {"type": "image", "url": image}:
-                runs.append(_picture(image))
-            case _:
-                raise ValueError(
-                    'chat: expected a str or a list of {"type": "text", "text": ...} and {"type": "image", "image": '
-                    f"...}} as content, got {shortened(part)}. Correct it."
-                )
-    return [run.strip(" ") if isinstance(run, str) else run for run in runs]
-
-
-def _picture(source: Any) -> Picture:
-    """Where nothing but a picture can stand, a str is its path."""
-    if isinstance(source, str):
-        _refuse_address(source)
-        return Path(source)
-    return source
-
-
-def _refuse_address(text: str) -> None:
-    """The reference would download what it finds there."""
-    if _ADDRESS.fullmatch(text.strip()):
-        raise ValueError(
-            f"expected a text or a picture, got the address {text.strip()}. Download it and pass its Path."
-        )
-
-
-@contextmanager
-def _naming(number: int) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, TypeError, ValueError) as error:
-        error.add_note(f"This is about prompt {number}, counted from 0.")
-        raise
+def _stripped(content: Any) -> list[str | Picture]:
+    return [run.strip(" ") if isinstance(run, str) else run for run in runs(content)]

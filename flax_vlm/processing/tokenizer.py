@@ -1,7 +1,7 @@
 """Texts to ids and back, over the `tokenizers` library, with transformers' call and files.
 
-Reads tokenizer.json, or the sentencepiece model of a checkpoint that has none; the settings around it come from
-tokenizer_config.json and special_tokens_map.json, as in transformers 4.x and 5.x.
+Reads tokenizer.json, or the sentencepiece model or rank file of a checkpoint that has none; the settings around it come
+from tokenizer_config.json and special_tokens_map.json, as in transformers 4.x and 5.x.
 
 B texts   T tokens
 """
@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
+from flax_vlm.processing.byte_pairs import glm4_tokenizer, read_ranks
 from flax_vlm.processing.sentencepiece import SentencePieceModel, llama_tokenizer, xlm_roberta_tokenizer
 
 # transformers writes about 1e30 for "no limit"; nothing that an int32 position can reach is meant as that.
@@ -30,8 +31,9 @@ _XLM_ROBERTA = {
     "mask_token": "<mask>",
 }
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "padding_side": "left"}
+_GLM4 = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "padding_side": "left"}
 # What the files leave out, by how tokenizer_class begins.
-_DEFAULTS = {"XLMRoberta": _XLM_ROBERTA, "Llama": _LLAMA}
+_DEFAULTS = {"XLMRoberta": _XLM_ROBERTA, "Llama": _LLAMA, "ChatGLM4": _GLM4}
 _SENTENCEPIECE_FILES = {
     "sentencepiece.bpe.model": (xlm_roberta_tokenizer, _XLM_ROBERTA),
     "tokenizer.model": (llama_tokenizer, _LLAMA),
@@ -61,20 +63,22 @@ class Tokenizer:
     def from_dir(cls, folder: str | Path) -> "Tokenizer":
         folder = Path(folder)
         config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer.json").exists():
-            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            kind = str(config.get("tokenizer_class"))
-            defaults = next((tokens for name, tokens in _DEFAULTS.items() if kind.startswith(name)), {})
+        kind = str(config.get("tokenizer_class"))
+        defaults = next((tokens for name, tokens in _DEFAULTS.items() if kind.startswith(name)), {})
+        added = _added_tokens(config, read_json(folder / "added_tokens.json"))
+        files = ["tokenizer.json", *_SENTENCEPIECE_FILES]
+        name = next((name for name in files if (folder / name).exists()), None)
+        if name is None:
+            raise FileNotFoundError(f"{folder}: expected one of {files}, found none. Copy the tokenizer there.")
+        if name == "tokenizer.json":
+            backend = tokenizers.Tokenizer.from_file(str(folder / name))
+        elif defaults is _GLM4:
+            backend = glm4_tokenizer(read_ranks(folder / name), {t["content"]: index for index, t in added.items()})
         else:
-            name = next((name for name in _SENTENCEPIECE_FILES if (folder / name).exists()), None)
-            if name is None:
-                expected = ["tokenizer.json", *_SENTENCEPIECE_FILES]
-                raise FileNotFoundError(f"{folder}: expected one of {expected}, found none. Copy the tokenizer there.")
             build, defaults = _SENTENCEPIECE_FILES[name]
             backend = build(SentencePieceModel.read(folder / name))
-        config = defaults | {key: value for key, value in config.items() if value is not None}
-        _add_missing_tokens(backend, config, read_json(folder / "added_tokens.json"))
-        return cls(backend, config)
+        _add_missing_tokens(backend, added)
+        return cls(backend, defaults | {key: value for key, value in config.items() if value is not None})
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json; transformers' AutoTokenizer reads them to equal ids.
@@ -84,7 +88,8 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {name: _marked(value) for name, value in self.config.items()} | {
+        # auto_map would have transformers ask for code that is not here.
+        config = {name: _marked(value) for name, value in self.config.items() if name != "auto_map"} | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
             "padding_side": self.padding_side,
@@ -115,23 +120,71 @@ class Tokenizer:
             lets texts of many lengths share a few compiled programs.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        padding_side = padding_side or self.padding_side
-        _check(texts, padding, padding_side, truncation, max_length)
-        max_length = self.model_max_length if max_length is None else max_length
-        if max_length is None and (truncation or padding == "max_length"):
+        _check_texts(texts)
+        if truncation not in (True, False):
+            raise ValueError(f"truncation: expected True or False, got {truncation!r}. Choose one.")
+        if max_length is not None and not truncation and padding != "max_length":
             raise ValueError(
-                "max_length: expected a number, as this tokenizer has no model_max_length. Pass max_length."
+                f'max_length={max_length}: expected truncation=True or padding="max_length" too, got neither, and '
+                "alone it does nothing. Pass one of them."
             )
-        rows = self._encode(texts, max_length if truncation else None, add_special_tokens)
+        limit = self._limit(max_length) if truncation else None
+        rows = self._encode(texts, limit, add_special_tokens)
+        return self.pad(
+            rows, padding, padding_side, max_length if padding == "max_length" else None, pad_to_multiple_of
+        )
+
+    def ordinary_ids(self, text: str) -> list[int]:
+        """The ids of one text in which special tokens are letters like others: nobody can write one."""
+        text = self.backend.normalizer.normalize_str(text) if self.backend.normalizer else text
+        pieces = self.backend.pre_tokenizer.pre_tokenize_str(text)
+        return [token.id for piece, _ in pieces for token in self.backend.model.tokenize(piece)]
+
+    def pad(
+        self,
+        rows: Sequence[Sequence[int]],
+        padding: bool | str = True,
+        padding_side: str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+    ) -> dict[str, Int32[np.ndarray, "B T"]]:
+        """`input_ids` and `attention_mask` of rows of ids; the options are those of a call."""
+        side = padding_side or self.padding_side
+        if padding not in (True, False, "longest", "max_length"):
+            raise ValueError(f'padding: expected True, False, "longest" or "max_length", got {padding!r}. Choose one.')
+        if side not in ("left", "right"):
+            raise ValueError(f'padding_side: expected "left" or "right", got {side!r}. Choose one.')
+        if max_length is not None and padding != "max_length":
+            raise ValueError(
+                f'max_length={max_length}: expected padding="max_length" too, got {padding!r}, and alone it does '
+                "nothing. Pass both."
+            )
         lengths = [len(row) for row in rows]
         width = max(lengths)
-        if padding == "max_length" and max_length is not None:
-            if width > max_length:
-                raise ValueError(f"expected at most max_length={max_length} tokens, got {width}. Pass truncation=True.")
-            width = max_length
+        if padding == "max_length":
+            limit = self._limit(max_length)
+            if width > limit:
+                raise ValueError(f"expected at most max_length={limit} tokens, got {width}. Pass truncation=True.")
+            width = limit
         if pad_to_multiple_of and padding:
             width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
-        return self._pad(rows, lengths, width, padding, padding_side)
+        if any(length < width for length in lengths):
+            if not padding:
+                raise ValueError(
+                    f"padding=False: expected texts of equal length, got {lengths} tokens. Pass padding=True."
+                )
+            if self.pad_token_id is None:
+                raise ValueError(
+                    f"padding: expected a pad_token of the vocabulary, got {self.config.get('pad_token')!r}. Set it in "
+                    "tokenizer_config.json, to the eos token if the model has none."
+                )
+        input_ids = np.full((len(rows), width), self.pad_token_id or 0, np.int32)
+        attention_mask = np.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            input_ids[i, place] = row
+            attention_mask[i, place] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of one row of ids (a list, an array, one id), without transformers' clean-up of spaces."""
@@ -190,26 +243,13 @@ class Tokenizer:
             return [encoding.ids for encoding in encodings]
         return [self.backend.post_process(encoding).ids for encoding in encodings]
 
-    def _pad(
-        self, rows: list[list[int]], lengths: list[int], width: int, padding: bool | str, padding_side: str
-    ) -> dict[str, Int32[np.ndarray, "B T"]]:
-        if any(length < width for length in lengths):
-            if not padding:
-                raise ValueError(
-                    f"padding=False: expected texts of equal length, got {lengths} tokens. Pass padding=True."
-                )
-            if self.pad_token_id is None:
-                raise ValueError(
-                    f"padding: expected a pad_token of the vocabulary, got {self.config.get('pad_token')!r}. Set it in "
-                    "tokenizer_config.json, to the eos token if the model has none."
-                )
-        input_ids = np.full((len(rows), width), self.pad_token_id or 0, np.int32)
-        attention_mask = np.zeros_like(input_ids)
-        for i, row in enumerate(rows):
-            place = slice(width - len(row), width) if padding_side == "left" else slice(0, len(row))
-            input_ids[i, place] = row
-            attention_mask[i, place] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+    def _limit(self, max_length: int | None) -> int:
+        limit = self.model_max_length if max_length is None else max_length
+        if limit is None:
+            raise ValueError(
+                "max_length: expected a number, as this tokenizer has no model_max_length. Pass max_length."
+            )
+        return limit
 
 
 class TextStream:
@@ -251,30 +291,23 @@ class TextStream:
         return decode(self._before + self._held)[len(decode(self._before)) :]
 
 
-def _check(texts: Any, padding: bool | str, padding_side: str, truncation: bool, max_length: int | None) -> None:
+def _check_texts(texts: Any) -> None:
     is_list = isinstance(texts, list | tuple)
     if not is_list or not all(isinstance(text, str) for text in texts):
         came = f"a list of {sorted({type(text).__name__ for text in texts})}" if is_list else type(texts).__name__
         raise TypeError(f"text: expected a str or a list of str, got {came}. Pass one str for each row.")
     if not texts:
         raise ValueError("text: expected one str or more, got an empty list. For pictures alone leave text out.")
-    if padding not in (True, False, "longest", "max_length"):
-        raise ValueError(f'padding: expected True, False, "longest" or "max_length", got {padding!r}. Choose one.')
-    if padding_side not in ("left", "right"):
-        raise ValueError(f'padding_side: expected "left" or "right", got {padding_side!r}. Choose one.')
-    if truncation not in (True, False):
-        raise ValueError(f"truncation: expected True or False, got {truncation!r}. Choose one.")
-    if max_length is not None and not truncation and padding != "max_length":
-        raise ValueError(
-            f'max_length={max_length}: expected truncation=True or padding="max_length" too, got neither, and alone it '
-            "does nothing. Pass one of them."
-        )
 
 
-def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], added: Mapping[str, int]) -> None:
-    """Tokens that live only in added_tokens.json (4.x) or added_tokens_decoder, at the ids they name."""
-    tokens = {index: {"content": content} for content, index in added.items()}
-    tokens |= {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
+def _added_tokens(config: Mapping[str, Any], added: Mapping[str, int]) -> dict[int, Mapping[str, Any]]:
+    """The tokens of added_tokens.json (4.x) and of added_tokens_decoder, by id."""
+    tokens: dict[int, Mapping[str, Any]] = {index: {"content": content} for content, index in added.items()}
+    return tokens | {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
+
+
+def _add_missing_tokens(backend: tokenizers.Tokenizer, tokens: Mapping[int, Mapping[str, Any]]) -> None:
+    """Those that live only beside the vocabulary, at the ids they name."""
     for index, token in sorted(tokens.items()):
         content = token["content"]
         if backend.token_to_id(content) is None:

@@ -144,3 +144,11 @@ def test_cache_contract() -> None:
     assert cache.mask(2)[1, 0].astype(int).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     with pytest.raises(ValueError, match="5 slots, 3 of them used: 3 new tokens do not fit"):
         cache.admit(jnp.ones((2, 3), bool))
+
+
+def test_the_next_position_is_counted_apart_where_slots_do_not_tell() -> None:
+    cache = KVCache.create(2, 5, [1], 4).admit(jnp.asarray([[False, True, True], [True, True, True]]))
+    assert cache.next_position.tolist() == [2, 3]
+    cache = cache.replace(positions=jnp.asarray([7, 8]))
+    assert cache.next_position.tolist() == [7, 8]
+    assert cache.rows(jnp.asarray([1, 1, 0])).next_position.tolist() == [8, 8, 7]

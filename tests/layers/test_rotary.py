@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_vlm.layers.rotary import rotate, rotation
+from flax_vlm.layers.rotary import rotate, rotate_interleaved, rotation
 from tests.tolerances import FLOAT64, assert_close
 
 B, T, N, H, THETA = 2, 7, 3, 10, 500.0
@@ -18,6 +18,16 @@ def test_pairs_turn_like_complex_numbers(x64: None) -> None:
     numbers = states[..., : H // 2] + 1j * states[..., H // 2 :]
     turned = numbers * np.exp(1j * positions[..., None, None] * THETA ** (-2 * np.arange(H // 2) / H))
     assert_close(out, np.concatenate([turned.real, turned.imag], -1), FLOAT64)
+
+
+def test_neighbours_turn_like_complex_numbers_and_the_rest_stays(x64: None) -> None:
+    states = RNG.standard_normal((B, T, N, H))
+    positions, turning = RNG.integers(0, 100_000, (B, T)), 4
+    out = rotate_interleaved(jnp.asarray(states), rotation(jnp.asarray(positions), turning, THETA, jnp.float64))
+    numbers = states[..., :turning:2] + 1j * states[..., 1:turning:2]
+    numbers *= np.exp(1j * positions[..., None, None] * THETA ** (-2 * np.arange(turning // 2) / turning))
+    turned = np.stack([numbers.real, numbers.imag], -1).reshape(B, T, N, turning)
+    assert_close(out, np.concatenate([turned, states[..., turning:]], -1), FLOAT64)
 
 
 def test_only_distances_count(x64: None) -> None:

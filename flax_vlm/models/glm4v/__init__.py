@@ -1,0 +1,22 @@
+"""GLM-4V-9B: a picture and text to text."""
+
+from flax_vlm.models.glm4v.config import GLM4VConfig, GLM4VVisionConfig
+from flax_vlm.models.glm4v.model import (
+    GLM4VCausalLMOutput,
+    GLM4VForCausalLM,
+    GLM4VForConditionalGeneration,
+    GLM4VModel,
+    GLM4VOutput,
+)
+from flax_vlm.models.glm4v.vision import EVA2CLIPModel
+
+__all__ = [
+    "EVA2CLIPModel",
+    "GLM4VCausalLMOutput",
+    "GLM4VConfig",
+    "GLM4VForCausalLM",
+    "GLM4VForConditionalGeneration",
+    "GLM4VModel",
+    "GLM4VOutput",
+    "GLM4VVisionConfig",
+]

@@ -1,0 +1,327 @@
+"""GLM-4V-9B (THUDM, June 2024): a picture takes the place of a word, and a ChatGLM4 decoder reads on.
+
+Reference: `modeling_chatglm.py` of THUDM/glm-4v-9b. Parameter names are the reference's, but for the head, which stands
+beside the model and not in it. Better than there: rows with and without pictures in one batch, batches of text that are
+padded on the left, padding while training, several pictures, and pictures in later turns; `splice` says by which rule.
+
+B batch   L ids   S slots (L, and more with pictures)   I pictures a row   P patches a picture   D hidden_size
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from flax.typing import Dtype
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from flax_vlm.layers.attention import Mask, causal_mask, padding_mask
+from flax_vlm.layers.embed import Embed
+from flax_vlm.layers.kv_cache import KVCache
+from flax_vlm.layers.linear import Dense
+from flax_vlm.layers.losses import IGNORED, next_token_loss
+from flax_vlm.layers.rotary import rotation
+from flax_vlm.models.base import Block, Tower
+from flax_vlm.models.glm4v.config import GLM4VConfig
+from flax_vlm.models.glm4v.decoder import ChatGLMTransformer, Context
+from flax_vlm.models.glm4v.splice import Slots, check_pictures, splice
+from flax_vlm.models.glm4v.vision import EVA2CLIPModel
+
+
+class GLM4VOutput(struct.PyTreeNode):
+    """States of the decoder.
+
+    Attributes:
+      attention_mask: which slots hold a token or a patch.
+      slots: what each slot holds, where pictures came; None where slots are the ids'.
+      image_hidden_states: the pictures as they stand among the words.
+      hidden_states: the first entry is the embedding output, the last that of the last layer, before the final norm.
+    """
+
+    last_hidden_state: Float[Array, "B S D"]
+    attention_mask: Bool[Array, "B S"]
+    slots: Slots | None = None
+    image_hidden_states: Float[Array, "B I P D"] | None = None
+    hidden_states: tuple[Float[Array, "B S D"], ...] | None = None
+    attentions: tuple[Float[Array, "B N S K"], ...] | None = None
+    cache: KVCache | None = None
+
+
+class GLM4VCausalLMOutput(struct.PyTreeNode):
+    """Logits, and what `GLM4VOutput` holds."""
+
+    logits: Float[Array, "B S V"]
+    loss: Float[Array, ""] | None = None
+    slots: Slots | None = None
+    image_hidden_states: Float[Array, "B I P D"] | None = None
+    hidden_states: tuple[Float[Array, "B S D"], ...] | None = None
+    attentions: tuple[Float[Array, "B N S K"], ...] | None = None
+    cache: KVCache | None = None
+
+
+class GLM4VEmbedding(Block):
+    """The words."""
+
+    config: GLM4VConfig
+
+    def setup(self) -> None:
+        config = self.config
+        init = nn.initializers.normal(config.initializer_range)
+        self.word_embeddings = Embed(config.padded_vocab_size, config.hidden_size, embedding_init=init, **self.dtypes)
+
+    def __call__(self, input_ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return self.word_embeddings(input_ids)
+
+
+class GLM4VModel(Tower):
+    """Ids and images to states [B, S, D]; the decoder alone where the config has no `vision_config`."""
+
+    config: GLM4VConfig
+
+    def setup(self) -> None:
+        self.embedding = GLM4VEmbedding(self.config, **self.run)
+        self.encoder = ChatGLMTransformer(self.config, **self.run_stack)
+        if self.config.vision_config is not None:
+            self.vision = EVA2CLIPModel(self.config, **self.run_stack)
+
+    @nn.nowrap
+    def example_inputs(self) -> dict[str, Array]:
+        """The smallest inputs that reach every parameter."""
+        config = self.config
+        if config.vision_config is None:
+            return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
+        ids = jnp.array([[config.boi_token_id, 0, config.eoi_token_id]], jnp.int32)
+        return {"input_ids": ids, **EVA2CLIPModel(config).example_inputs()}
+
+    @nn.nowrap
+    def init_cache(self, batch_size: int, length: int, dtype: Dtype | None = None) -> KVCache:
+        """An empty cache of `length` slots a row; a picture takes P + 2 of them."""
+        config = self.config
+        heads = [config.multi_query_group_num] * config.num_layers
+        cache = KVCache.create(batch_size, length, heads, config.kv_channels, dtype or self.dtype)
+        return cache.replace(positions=jnp.zeros(batch_size, jnp.int32))
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B L"] | None = None,
+        attention_mask: Num[Array, "B L"] | Bool[Array, "B L"] | None = None,
+        position_ids: Int[Array, "#B L"] | None = None,
+        inputs_embeds: Float[Array, "B L D"] | None = None,
+        *,
+        images: Float[Array, "B *I height width C"] | None = None,
+        cache: KVCache | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        deterministic: bool = True,
+    ) -> GLM4VOutput:
+        """
+        Args:
+          attention_mask: nonzero = a token, zero = padding; all tokens when absent. With a cache it speaks of the new
+            tokens (the cache remembers the others).
+          position_ids: of the ids, of which a picture's patches share one; counted over the tokens that are no padding
+            when absent.
+          inputs_embeds: what stands in the slots, pictures included; mask and positions are then those of the slots.
+          images: [B, height, width, C], or several a row, [B, I, height, width, C]; channels-last. Each stands where
+            the ids begin, placeholder, end are, in their order; a row that names fewer leaves its last ones unused.
+
+        Raises:
+          ValueError: for arguments that do not belong together, and for positions from `seq_length` on. Under jit the
+            values of ids and positions are unknown: a row whose ids do not fit its images is NaN then.
+        """
+        if input_ids is not None and inputs_embeds is None:
+            embedded = self.embedding(input_ids)
+        elif inputs_embeds is not None and input_ids is None and images is None:
+            embedded = inputs_embeds.astype(self.dtype)
+        else:
+            raise ValueError("expected input_ids, with images or without, or else inputs_embeds with them inside")
+        tokens = embedded.shape[:2]
+        is_token = jnp.ones(tokens, bool) if attention_mask is None else attention_mask != 0
+        if is_token.shape != tokens:
+            raise ValueError(
+                f"attention_mask has shape {is_token.shape}: expected {tokens}, with a cache of the new tokens only"
+            )
+        past = jnp.zeros(tokens[:1], jnp.int32) if cache is None else cache.next_position
+        if position_ids is None:
+            position_ids = jnp.where(is_token, past[:, None] + is_token.cumsum(-1) - 1, 0)
+        position_ids = jnp.broadcast_to(position_ids, tokens)
+        self._check_positions(position_ids)
+        next_position = jnp.maximum(past, jnp.where(is_token, position_ids + 1, 0).max(-1, initial=0))
+
+        slots = vectors = None
+        if images is not None and input_ids is not None:
+            vectors = self._see(images, input_ids, is_token, deterministic)
+            embedded, slots = self._put(vectors, embedded, input_ids, is_token)
+            position_ids = slots.spread(position_ids)
+            is_token = slots.spread(is_token) & slots.is_there
+
+        length = embedded.shape[1]
+        mask: Mask = padding_mask(is_token) & causal_mask(length, length)
+        if cache is not None:
+            cache = cache.admit(is_token)
+            mask = cache.mask(length)
+        turned = self.config.kv_channels // 2
+        context = Context(
+            mask=mask,
+            rotation=rotation(position_ids, turned, self.config.rope_theta, self.dtype),
+            index=0 if cache is None else cache.index,
+        )
+        states, outputs = self.encoder(embedded, cache, context, output_hidden_states, output_attentions, deterministic)
+        if cache is not None:
+            cache = cache.advance(length, [output.cache for output in outputs]).replace(positions=next_position)
+        return GLM4VOutput(
+            last_hidden_state=states,
+            attention_mask=is_token,
+            slots=slots,
+            image_hidden_states=vectors,
+            hidden_states=(embedded, *(output.hidden_states for output in outputs)) if output_hidden_states else None,
+            attentions=tuple(output.attentions for output in outputs) if output_attentions else None,
+            cache=cache,
+        )
+
+    def _check_positions(self, position_ids: Array) -> None:
+        """The reference has a table of as many positions."""
+        if not isinstance(position_ids, Tracer) and position_ids.size:
+            last = int(position_ids.max())
+            if last >= self.config.seq_length:
+                raise ValueError(
+                    f"a token is at position {last}: expected less than seq_length, {self.config.seq_length}. Shorten "
+                    "the prompt, or generate fewer tokens"
+                )
+
+    def _see(self, images: Array, input_ids: Array, is_token: Array, deterministic: bool) -> Float[Array, "B I P D"]:
+        """The vectors of all pictures, if they fit the ids."""
+        config, batch = self.config, len(input_ids)
+        if config.vision_config is None:
+            raise ValueError("images came, and this is a text model: its config has no vision_config")
+        if images.ndim not in (4, 5) or len(images) != batch or not images.size:
+            raise ValueError(
+                f"images have shape {images.shape}: expected [{batch}, height, width, channels], or [{batch}, pictures "
+                "of a row, height, width, channels]. Rows of text alone need pictures too, of zeros say; leave images "
+                "out where no row has any"
+            )
+        if not isinstance(input_ids, Tracer) and not isinstance(is_token, Tracer):
+            number = 1 if images.ndim == 4 else images.shape[1]
+            check_pictures(np.asarray(input_ids), np.asarray(is_token), *config.picture_ids, number)
+        vectors = self.vision(images.reshape(-1, *images.shape[-3:]), deterministic)
+        return vectors.reshape(batch, -1, *vectors.shape[1:])
+
+    def _put(
+        self, vectors: Array, words: Array, input_ids: Array, is_token: Array
+    ) -> tuple[Float[Array, "B S D"], Slots]:
+        """The vectors of pictures in their places among the words."""
+        slots = splice(input_ids, is_token, *self.config.picture_ids, vectors.shape[1], vectors.shape[2] - 2)
+        flat = vectors.reshape(len(words), -1, words.shape[-1])
+        seen = jnp.take_along_axis(flat, slots.vector[..., None], axis=1, mode="clip")
+        put = jnp.where(slots.is_picture[..., None], seen, slots.spread(words))
+        return jnp.where(slots.fits[:, None, None], put, jnp.nan), slots
+
+
+class GLM4VForConditionalGeneration(Tower):
+    """`GLM4VModel` with a head over the vocabulary."""
+
+    config: GLM4VConfig
+
+    # Inputs besides ids and mask whose second axis is that of the tokens: padded with the prompt.
+    token_inputs = frozenset({"position_ids"})
+
+    def setup(self) -> None:
+        config = self.config
+        self.transformer = GLM4VModel(config, **self.run_stack)
+        self.output_layer = Dense(
+            config.padded_vocab_size,
+            use_bias=False,
+            kernel_init=nn.initializers.normal(config.initializer_range),
+            kernel_axes=("embed", "vocab"),
+            **self.dtypes,
+        )
+
+    @nn.nowrap
+    def example_inputs(self) -> dict[str, Array]:
+        """The smallest inputs that reach every parameter."""
+        return GLM4VModel(self.config).example_inputs()
+
+    @nn.nowrap
+    def init_cache(self, batch_size: int, length: int, dtype: Dtype | None = None) -> KVCache:
+        """An empty cache of `length` slots a row; a picture takes P + 2 of them."""
+        return GLM4VModel(self.config, dtype=self.dtype).init_cache(batch_size, length, dtype)
+
+    @nn.nowrap
+    def extra_slots(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, inputs: Mapping[str, Any], positions: int
+    ) -> int:
+        """See `flax_vlm.generation.state`."""
+        config = self.config
+        if positions > config.seq_length:
+            raise ValueError(
+                f"prompt and new tokens need {positions} positions: expected at most seq_length, {config.seq_length}. "
+                "Shorten the prompt, or pass a smaller max_new_tokens"
+            )
+        if config.vision_config is None:
+            return 0
+        images = inputs.get("images")
+        number = 0 if images is None else images.shape[1] if images.ndim == 5 else 1
+        check_pictures(input_ids, attention_mask, *config.picture_ids, number)
+        return number * (config.vision_config.num_patches - 1)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B L"] | None = None,
+        attention_mask: Num[Array, "B L"] | Bool[Array, "B L"] | None = None,
+        position_ids: Int[Array, "#B L"] | None = None,
+        inputs_embeds: Float[Array, "B L D"] | None = None,
+        *,
+        labels: Int[Array, "B L"] | None = None,
+        logits_to_keep: int | Int[Array, " K"] = 0,
+        **inputs: Any,
+    ) -> GLM4VCausalLMOutput:
+        """
+        Args:
+          labels: the ids again, -100 where a token does not count; gives `loss`. Patches, padding, and what would be
+            said by padding never count.
+          logits_to_keep: 0 for all logits, k for those of the last k slots, an array for those at its indices.
+          inputs: further ones of `GLM4VModel`.
+
+        Raises:
+          ValueError: for arguments that do not belong together.
+        """
+        output = self.transformer(input_ids, attention_mask, position_ids, inputs_embeds, **inputs)
+        states = output.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            states = states[:, -logits_to_keep:]  # all for 0
+        elif logits_to_keep.ndim == 1:
+            states = states[:, logits_to_keep]
+        else:
+            raise ValueError(
+                f"logits_to_keep has shape {logits_to_keep.shape}: expected an int that jit does not trace, or indices"
+            )
+        logits = self.output_layer(states)
+        loss = None
+        if labels is not None:
+            given = (input_ids if input_ids is not None else states).shape[:2]
+            if labels.shape != given or logits.shape[1] != output.last_hidden_state.shape[1]:
+                raise ValueError(f"labels have shape {labels.shape}: expected {given} as the ids, and all logits kept")
+            spread = labels if output.slots is None else output.slots.labels(labels)
+            behind_padding = jnp.pad(~output.attention_mask[:, :-1], ((0, 0), (1, 0)))
+            loss = next_token_loss(logits, jnp.where(behind_padding, IGNORED, spread), output.attention_mask)
+        return GLM4VCausalLMOutput(
+            logits=logits,
+            loss=loss,
+            slots=output.slots,
+            image_hidden_states=output.image_hidden_states,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            cache=output.cache,
+        )
+
+
+class GLM4VForCausalLM(GLM4VForConditionalGeneration):
+    """The text model alone, which can be taken out of the whole: its config has no `vision_config`."""
+
+    @staticmethod
+    def config_from(config: GLM4VConfig) -> GLM4VConfig:
+        """That of the text model, from that of the whole."""
+        return replace(config, vision_config=None)
