@@ -232,8 +232,8 @@ def _model_class(folder: Path) -> type[nn.Module]:
 
 def _open(folder: Path, model_class: type[nn.Module]) -> _Opened:
     whole = _model_class(folder)
-    part = "" if model_class is whole else registry.wholes_of(model_class.__name__).get(whole.__name__)
-    if part is None:
+    place = registry.place_in(model_class, whole)
+    if place is None:
         raise ConversionError(
             f"{folder}: expected a {model_class.__name__}, or what contains one; a {whole.__name__} came."
         )
@@ -245,18 +245,18 @@ def _open(folder: Path, model_class: type[nn.Module]) -> _Opened:
             )
             for each in plan.sources
         }
-        return _Opened(folder, False, plan.model, part, arrays)
+        return _Opened(folder, False, plan.model, place.prefix, arrays)
 
     files = checkpoint.open_params(folder)
-    held = {path.removeprefix(part): info for path, info in files.tensors.items() if path.startswith(part)}
+    held = place.inside(files.tensors)
     config = registry.config_for(model_class, registry.read_config(checkpoint.read_config(folder)))
     targets = plan_write(table(model_class.__name__, config), held)
     transforms = {path: target.transform for target in targets for path in target.flax}
     arrays = {
-        path: _Array(info.shape, info.dtype, info.chunks, transforms[path], partial(files.read, part + path))
+        path: _Array(info.shape, info.dtype, info.chunks, transforms[path], partial(files.read, place.prefix + path))
         for path, info in held.items()
     }
-    return _Opened(folder, True, registry.build(model_class, config, held), part, arrays)
+    return _Opened(folder, True, registry.build(model_class, config, held), place.prefix, arrays)
 
 
 def _outputs(source: _Opened, target: _Opened) -> dict[str, float]:

@@ -214,11 +214,11 @@ def _open_torch(folder: Path, config: Any, model_class: Any, architectures: Any)
 def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any) -> _Opened:
     whole = registry.model_class(config, architectures)
     model_class = model_class or whole
-    prefix = "" if model_class is whole else registry.wholes_of(model_class.__name__).get(whole.__name__)
-    if prefix is None:
+    place = registry.place_in(model_class, whole)
+    if place is None:
         raise ValueError(f"{folder} holds a {whole.__name__}: it has no {model_class.__name__} inside")
     files = checkpoint.open_params(folder)
-    held = {path.removeprefix(prefix): leaf for path, leaf in files.tensors.items() if path.startswith(prefix)}
+    held = place.inside(files.tensors)
     model = registry.build(model_class, registry.config_for(model_class, config), held)
     abstract = abstract_params(model)
     expected = flatten_params(nn.meta.unbox(abstract))
@@ -236,7 +236,7 @@ def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any
         )
 
     def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
-        return files.read(prefix + path, index)
+        return files.read(place.prefix + path, index)
 
     shapes = {path: leaf.shape for path, leaf in held.items()}
     return _Opened(model, abstract, common_float(leaf.dtype for leaf in held.values()), shapes, read)

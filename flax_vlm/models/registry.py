@@ -4,11 +4,13 @@ import importlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from reprlib import repr as shortened
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from flax import linen as nn
 
 from flax_vlm.models.config import layers_of
+
+Leaf = TypeVar("Leaf")
 
 
 class Family(NamedTuple):
@@ -129,6 +131,28 @@ def build(model: type[nn.Module], config: Any, paths: Iterable[str]) -> nn.Modul
         )
     options = getattr(model, "options_from_params", None)
     return model(config, **(options(paths) if options else {}))
+
+
+class Place(NamedTuple):
+    """Where a part's parameters stand in a whole."""
+
+    prefix: str
+    left_out: tuple[str, ...] = ()  # what stands there and is not the part's
+
+    def inside(self, tensors: Mapping[str, Leaf]) -> dict[str, Leaf]:
+        """Those of the part, by its own paths."""
+        own = (path for path in tensors if path.startswith(self.prefix) and not path.startswith(self.left_out))
+        return {path.removeprefix(self.prefix): tensors[path] for path in own}
+
+
+def place_in(part: type[nn.Module], whole: type[nn.Module]) -> Place | None:
+    """Where the parameters of `part` stand in `whole`; None where it has no such part."""
+    if part is whole:
+        return Place("")
+    if issubclass(part, whole):  # the whole without some of it
+        return Place("", getattr(part, "left_out", ()))
+    prefix = wholes_of(part.__name__).get(whole.__name__)
+    return None if prefix is None else Place(prefix)
 
 
 def wholes_of(part: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ B rows   L ids   S slots   P = 16 patches of a picture
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from flax_vlm import convert
 from flax_vlm.convert import port
 from flax_vlm.layers.param_tree import unflatten_params
-from flax_vlm.models.glm4v import GLM4VConfig, GLM4VForConditionalGeneration
+from flax_vlm.models.glm4v import EVA2CLIPModel, GLM4VConfig, GLM4VForConditionalGeneration
 from tests.compiling import jitted
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "glm4v"
@@ -57,13 +58,30 @@ def inputs(case: str, dtype: str = "float64") -> dict[str, jax.Array]:
     return given
 
 
-def torch_decoder(dtype: str, **changes: Any) -> Any:
+def torch_decoder(dtype: str, seed: int = 0, **changes: Any) -> Any:
     """transformers' GlmForCausalLM of the golden sizes, with weights of the size that trained ones have."""
+    import transformers
+
+    return _trained(transformers.GlmForCausalLM(_glm_config(**changes)), dtype, seed)
+
+
+def torch_whole(dtype: str, seed: int = 0) -> Any:
+    """The same with pictures, which the golden tower sees."""
     import torch
+
+    from tests.parity.glm4v_torch import GLM4V
+
+    model = _trained(GLM4V(_glm_config(), config()), dtype, seed)
+    state = convert.state_dict(config(), params("float32")["transformer"]["vision"], EVA2CLIPModel)
+    model.vision.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+    return model
+
+
+def _glm_config(**changes: Any) -> Any:
     import transformers
 
     sizes = config()
-    hf_config = transformers.GlmConfig(
+    return transformers.GlmConfig(
         **{
             "vocab_size": sizes.padded_vocab_size,
             "hidden_size": sizes.hidden_size,
@@ -81,9 +99,13 @@ def torch_decoder(dtype: str, **changes: Any) -> Any:
             **changes,
         }
     )
-    torch.manual_seed(0)
-    model = transformers.GlmForCausalLM(hf_config).eval().to(getattr(torch, dtype))
-    generator = torch.Generator().manual_seed(0)
+
+
+def _trained(model: Any, dtype: str, seed: int) -> Any:
+    import torch
+
+    model = model.eval().to(getattr(torch, dtype))
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
@@ -120,11 +142,23 @@ def rounded_as_the_original(model: Any) -> Any:
 
 
 def ported(model: Any, dtype: str | None = None) -> tuple[GLM4VConfig, Any]:
-    """Config and parameters of transformers' decoder, ours."""
-    config = GLM4VConfig.from_hf(model.config.to_dict())
-    state = {key: value.detach().double().numpy() for key, value in model.state_dict().items()}
+    """Config and parameters of one of these models, ours."""
+    sizes = GLM4VConfig.from_hf(model.config.to_dict())
+    if hasattr(model, "vision"):
+        begin, end = config().picture_ids
+        sizes = replace(sizes, vision_config=config().vision_config, boi_token_id=begin, eoi_token_id=end)
     dtype = dtype or str(model.dtype).removeprefix("torch.")
-    return config, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), convert.from_state_dict(config, state))
+    return sizes, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), in_our_places(sizes, model.state_dict()))
+
+
+def in_our_places(config: GLM4VConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights, or their gradients, under the names of these models."""
+    arrays = {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
+    vision = {name.removeprefix("vision."): arrays.pop(name) for name in tensors if name.startswith("vision.")}
+    params = convert.from_state_dict(replace(config, vision_config=None), arrays)
+    if vision:
+        params["transformer"]["vision"] = convert.from_state_dict(config, vision, EVA2CLIPModel)
+    return params
 
 
 @cache

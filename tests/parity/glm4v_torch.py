@@ -1,12 +1,16 @@
-"""GLM-4V's image tower and adapter in torch, for comparisons that the golden arrays do not hold.
+"""GLM-4V in torch, for comparisons that the golden arrays do not hold.
 
-The original runs only under old releases of transformers. This says the same in torch's own modules, under the names of
-the checkpoint, and `test_glm4v_vision.py` holds it to the golden arrays.
+The original runs only under old releases of transformers. Its image tower and adapter are said here in torch's own
+modules, under the names of the checkpoint, and `test_glm4v_vision.py` holds them to the golden arrays; the decoder is
+that of transformers, which reads the pictures as embeddings at positions of their own.
 
 B batch   P patches + 1   D width of the tower   W width of the decoder   g patches on a side
 """
 
+from typing import Any
+
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -107,3 +111,51 @@ class EVA2CLIPModel(nn.Module):
         merged = self.conv(patches.unflatten(2, (self.grid, self.grid))).flatten(2).transpose(1, 2)
         begin, end = (each.expand(len(images), 1, -1) for each in (self.boi, self.eoi))
         return torch.cat([begin, self.linear_proj(merged), end], dim=1) / self.scaling_factor
+
+
+class GLM4V(transformers.GlmForCausalLM):
+    """Ids and images [B I 3 height width] to logits, padded on the left to the longest row; nothing is cached."""
+
+    def __init__(self, glm_config: Any, config: GLM4VConfig) -> None:
+        super().__init__(glm_config)
+        self.vision = EVA2CLIPModel(config)
+        self.begin, self.end = config.picture_ids
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, images: Tensor, labels: Tensor | None = None, **_: Any
+    ) -> Any:
+        labels = torch.full_like(input_ids, -100) if labels is None else labels
+        seen = self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        rows = [
+            self.slots(*(each[row][attention_mask[row] != 0] for each in (input_ids, labels)), seen[row])
+            for row in range(len(input_ids))
+        ]
+        width = max(len(positions) for _, positions, _ in rows)
+        padding = [width - len(positions) for _, positions, _ in rows]
+        states, positions, labels = (
+            torch.stack(
+                [functional.pad(row[i], (*last, by, 0), value=fill) for row, by in zip(rows, padding, strict=True)]
+            )
+            for i, (last, fill) in enumerate((((0, 0), 0), ((), 0), ((), -100)))
+        )
+        mask = torch.arange(width) >= torch.tensor(padding)[:, None]
+        output = super().forward(
+            inputs_embeds=states, position_ids=positions, attention_mask=mask.long(), use_cache=False
+        )
+        # transformers takes the loss in float32.
+        output.loss = functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return output
+
+    def slots(self, ids: Tensor, labels: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings, positions and labels of a row: a picture's patches share the position of their placeholder."""
+        opens, width = (ids == self.begin).nonzero().ravel(), pictures.shape[1]
+        assert (ids[opens + 2] == self.end).all()
+        counts = torch.ones_like(ids).index_fill(0, opens + 1, width - 2)
+        positions = torch.arange(len(ids)).repeat_interleave(counts)
+        states, labels = self.get_input_embeddings()(ids)[positions], labels[positions]
+        for i, begin in enumerate(opens.tolist()):
+            start = begin + i * (width - 3)
+            states = torch.cat([states[:start], pictures[i], states[start + width :]])
+            labels[start + 1 : start + width - 1] = -100
+        labels[0] = -100  # nothing says the first
+        return states, positions, labels

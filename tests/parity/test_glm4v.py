@@ -221,8 +221,15 @@ def test_conversion_and_loading(tmp_path: Path) -> None:
         options = vlm.generation_config
         assert options is not None and options.stop_ids == (300, 307, 309) and options.pad_token_id == 300
         assert options.do_sample and (options.temperature, options.top_p, options.max_length) == (0.8, 0.8, 8192)
-    text = flax_vlm.from_pretrained(cases.GOLDEN, model_class=GLM4VForCausalLM)
-    assert text.config.vision_config is None and "vision" not in text.params["transformer"]
+    convert.to_flax(cases.GOLDEN, tmp_path / "text", model_class=GLM4VForCausalLM)
+    for folder in (cases.GOLDEN, tmp_path / "native", tmp_path / "text"):
+        text = flax_vlm.from_pretrained(folder, model_class=GLM4VForCausalLM, dtype="float32")
+        assert text.config.vision_config is None
+        found = flatten_params(text.params)
+        assert found.keys() == {path for path in expected if "/vision/" not in path}
+        assert all(np.array_equal(found[path], expected[path]) for path in found)
+    for source, target in ((cases.GOLDEN, tmp_path / "text"), (tmp_path / "native", cases.GOLDEN)):
+        assert convert.verify(source, target).equal
 
 
 def text(length: int, config: GLM4VConfig) -> dict[str, np.ndarray]:

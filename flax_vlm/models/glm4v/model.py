@@ -321,6 +321,8 @@ class GLM4VForConditionalGeneration(Tower):
 class GLM4VForCausalLM(GLM4VForConditionalGeneration):
     """The text model alone, which can be taken out of the whole: its config has no `vision_config`."""
 
+    left_out = ("transformer/vision/",)  # parameters of the whole that it does without
+
     @staticmethod
     def config_from(config: GLM4VConfig) -> GLM4VConfig:
         """That of the text model, from that of the whole."""
