@@ -8,5 +8,7 @@ import jax
 
 def jitted(function: Callable[..., Any]) -> Any:
     """`jax.jit` that compiles three times as fast, for small arrays on a CPU."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    if jax.__version_info__ < (0, 11):
+        options["xla_cpu_use_fusion_emitters"] = False
     return jax.jit(function, compiler_options=options)

@@ -53,6 +53,18 @@ def test_one_command_prints_the_table_and_writes_json(tmp_path, capsys):
         assert min(one["median_seconds"], one["first_call_seconds"], one["peak_bytes"]) > 0
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("module", ["vision_tower", "generation"])
+def test_contestants_of_glm4v_make_the_same(module):
+    chosen = [case for case in cases.cases(module, quick=True) if "GLM-4V" in case.title and "bfloat16" in case.title]
+    assert chosen
+    for case in chosen:
+        works = [prepare() for prepare in case.contestants.values()]
+        mine, theirs = (work.as_numpy(work.run()) for work in works)
+        assert mine.shape == theirs.shape, case.title
+        assert np.isfinite(mine).all() and np.isfinite(theirs).all(), case.title
+
+
 def test_titles_are_unique_and_quick_cases_are_those_that_count():
     for module in cases.MODULES:
         titles = [case.title for case in cases.cases(module, quick=False)]

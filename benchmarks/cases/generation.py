@@ -1,17 +1,21 @@
-"""IDEFICS with 630 million random weights: reading 256 tokens and one image, and writing 64 tokens greedily.
+"""Reading 256 tokens and writing 64 greedily, with random weights: IDEFICS of 630 million, which looks at an image, and
+four of the 40 layers of GLM-4V's decoder at their real width, with a smaller vocabulary, 1.1 billion.
 
 The time of the decoding alone is that of `64 new` less that of `1 new`. Its bound on memory is what reading all weights
-takes once a token: `benchmarks` measures that too, as the sum of an array of their size.
+takes once a token: `benchmarks` measures that too, as the sum of an array of the size of the first.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.cases import Case, Work
 
-IDEFICS_630M = {
+Sizes = dict[str, Any]
+
+IDEFICS_630M: Sizes = {
     "vocab_size": 32000,
     "additional_vocab_size": 2,
     "hidden_size": 2048,
@@ -24,7 +28,7 @@ IDEFICS_630M = {
     # The image comes as 257 tokens of the tower, which itself is not measured here.
     "vision_config": {"embed_dim": 1280, "num_hidden_layers": 1, "num_attention_heads": 16, "intermediate_size": 64},
 }
-SMALL = IDEFICS_630M | {
+IDEFICS_SMALL = IDEFICS_630M | {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -32,12 +36,43 @@ SMALL = IDEFICS_630M | {
     "num_attention_heads": 2,
     "vision_config": {"embed_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48},
 }
+GLM_1B: Sizes = {  # the names of transformers' `glm`
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GLM_SMALL = GLM_1B | {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+}
 PROMPT, IMAGE_TOKENS = 256, 257
 
 
+class Family(NamedTuple):
+    """What is written with: its model here and in transformers, and what it reads."""
+
+    sizes: Sizes
+    small: Sizes
+    batches: tuple[int, ...]
+    our_model: Callable[..., Any]  # of sizes and dtypes
+    their_model: Callable[[Sizes], tuple[Any, Any]]  # a config and its class
+    inputs: Callable[[Sizes, int], dict[str, np.ndarray]]  # of sizes and a batch
+
+
 def cases(quick: bool) -> list[Case]:
-    """Batch 1 and 8, float32 and bfloat16."""
-    sizes = SMALL if quick else IDEFICS_630M
+    """float32 and bfloat16; batch 1, and 8 of IDEFICS."""
     chosen = [
         Case(
             f"sum of 2.5 GB of {dtype}: memory bandwidth",
@@ -45,47 +80,34 @@ def cases(quick: bool) -> list[Case]:
         )
         for dtype, count in (("float32", 10**6 if quick else 630 * 10**6),)
     ]
-    for dtype in ("float32", "bfloat16"):
-        for batch in (1, 8):
-            for new in (1, 64):
-                tokens = min(new, 8) if quick else new
-                contestants = {
-                    "flax_vlm": partial(ours, sizes, batch, dtype, tokens),
-                    "torch sdpa": partial(theirs, sizes, batch, dtype, tokens),
-                }
-                chosen.append(Case(f"IDEFICS 630M, {PROMPT} tokens and {new} new, batch {batch}, {dtype}", contestants))
+    for name, family in FAMILIES.items():
+        sizes = family.small if quick else family.sizes
+        for dtype in ("float32", "bfloat16"):
+            for batch in family.batches:
+                for new in (1, 64):
+                    tokens = min(new, 8) if quick else new
+                    contestants = {
+                        "flax_vlm": partial(ours, family, sizes, batch, dtype, tokens),
+                        "torch sdpa": partial(theirs, family, sizes, batch, dtype, tokens),
+                    }
+                    chosen.append(Case(f"{name}, {PROMPT} tokens and {new} new, batch {batch}, {dtype}", contestants))
     return chosen
 
 
-def inputs(sizes: dict[str, Any], batch: int) -> dict[str, np.ndarray]:
-    """One image to look at from the middle of the prompt on."""
-    rng = np.random.default_rng(0)
-    image_mask = np.zeros((batch, PROMPT, 1), np.int32)
-    image_mask[:, PROMPT // 2 :] = 1
-    shape = (batch, 1, IMAGE_TOKENS, sizes["vision_config"]["embed_dim"])
-    return {
-        "input_ids": rng.integers(3, sizes["vocab_size"], (batch, PROMPT)).astype(np.int32),
-        "attention_mask": np.ones((batch, PROMPT), np.int32),
-        "image_encoder_embeddings": rng.standard_normal(shape, np.float32),
-        "image_attention_mask": image_mask,
-    }
-
-
-def ours(sizes: dict[str, Any], batch: int, dtype: str, new: int) -> Work:
+def ours(family: Family, sizes: Sizes, batch: int, dtype: str, new: int) -> Work:
     """`generation.generate`, layers unrolled."""
     import jax
     import jax.numpy as jnp
     from flax.linen import meta
 
     from flax_vlm import generation
-    from flax_vlm.models.idefics import IdeficsConfig, IdeficsForVisionText2Text
 
     compute = jnp.dtype(dtype)
-    model = IdeficsForVisionText2Text(IdeficsConfig.from_hf(sizes), dtype=compute, param_dtype=compute)
+    model = family.our_model(sizes, dtype=compute, param_dtype=compute)
     example: dict[str, Any] = model.example_inputs()
     params = jax.jit(lambda key: meta.unbox(model.init(key, **example))["params"])(jax.random.key(0))
     config = generation.GenerationConfig(max_new_tokens=new, min_new_tokens=new, eos_token_id=2, pad_token_id=0)
-    prompt = inputs(sizes, batch)
+    prompt = family.inputs(sizes, batch)
     jax.block_until_ready(params)
     return Work(
         run=lambda: generation.generate(model, params, prompt, config),
@@ -93,24 +115,72 @@ def ours(sizes: dict[str, Any], batch: int, dtype: str, new: int) -> Work:
     )
 
 
-def theirs(sizes: dict[str, Any], batch: int, dtype: str, new: int) -> Work:
+def theirs(family: Family, sizes: Sizes, batch: int, dtype: str, new: int) -> Work:
     """transformers' `generate` with torch's own attention kernel."""
     import torch
-    from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
     torch.manual_seed(0)
     torch_dtype = getattr(torch, dtype)
-    config = IdeficsConfig(**sizes)
-    model: Any = IdeficsForVisionText2Text._from_config(config, attn_implementation="sdpa", dtype=torch_dtype).eval()
-    prompt: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs(sizes, batch).items()}
-    prompt["input_ids"] = prompt["input_ids"].long()
-    prompt["image_encoder_embeddings"] = prompt["image_encoder_embeddings"].to(torch_dtype)
+    config, model_class = family.their_model(sizes)
+    model: Any = model_class._from_config(config, attn_implementation="sdpa", dtype=torch_dtype).eval()
+    prompt: dict[str, Any] = {name: torch.from_numpy(array) for name, array in family.inputs(sizes, batch).items()}
+    prompt = {name: each.to(torch_dtype) if each.is_floating_point() else each.long() for name, each in prompt.items()}
 
     def run() -> Any:
         with torch.inference_mode():
             return model.generate(**prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
 
     return Work(run=run, as_numpy=lambda output: output.float().numpy())
+
+
+def our_idefics(sizes: Sizes, **dtypes: Any) -> Any:
+    from flax_vlm.models.idefics import IdeficsConfig, IdeficsForVisionText2Text
+
+    return IdeficsForVisionText2Text(IdeficsConfig.from_hf(sizes), **dtypes)
+
+
+def their_idefics(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import IdeficsConfig, IdeficsForVisionText2Text
+
+    return IdeficsConfig(**sizes), IdeficsForVisionText2Text
+
+
+def our_glm(sizes: Sizes, **dtypes: Any) -> Any:
+    from flax_vlm.models.glm4v import GLM4VConfig, GLM4VForCausalLM
+
+    return GLM4VForCausalLM(GLM4VConfig.from_hf({"model_type": "glm", **sizes}), **dtypes)
+
+
+def their_glm(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import GlmConfig, GlmForCausalLM
+
+    return GlmConfig(**sizes), GlmForCausalLM
+
+
+def words(sizes: Sizes, batch: int) -> dict[str, np.ndarray]:
+    """Words without padding."""
+    return {
+        "input_ids": np.random.default_rng(0).integers(3, sizes["vocab_size"], (batch, PROMPT)).astype(np.int32),
+        "attention_mask": np.ones((batch, PROMPT), np.int32),
+    }
+
+
+def words_and_image(sizes: Sizes, batch: int) -> dict[str, np.ndarray]:
+    """One image to look at from the middle of the words on."""
+    image_mask = np.zeros((batch, PROMPT, 1), np.int32)
+    image_mask[:, PROMPT // 2 :] = 1
+    shape = (batch, 1, IMAGE_TOKENS, sizes["vision_config"]["embed_dim"])
+    return {
+        **words(sizes, batch),
+        "image_encoder_embeddings": np.random.default_rng(1).standard_normal(shape, np.float32),
+        "image_attention_mask": image_mask,
+    }
+
+
+FAMILIES = {
+    "IDEFICS 630M": Family(IDEFICS_630M, IDEFICS_SMALL, (1, 8), our_idefics, their_idefics, words_and_image),
+    "GLM-4V decoder 1.1B": Family(GLM_1B, GLM_SMALL, (1,), our_glm, their_glm, words),
+}
 
 
 def our_sum(count: int, dtype: str) -> Work:

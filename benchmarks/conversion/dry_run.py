@@ -4,12 +4,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.conversion import PYTORCH, stand_in
+from benchmarks.conversion import PYTORCH
 from benchmarks.conversion.names import Model
 from benchmarks.conversion.synthetic import make_checkpoint
-from benchmarks.conversion.worker import is_known
 from flax_vlm.convert import native_writer, port, stream
-from flax_vlm.convert.torch_files import TorchFiles
 
 
 def plan(model: Model, workdir: Path) -> str:
@@ -19,13 +17,12 @@ def plan(model: Model, workdir: Path) -> str:
         folder = Path(name) / PYTORCH
         shards = make_checkpoint(folder, model, sparse=True)
         start = time.perf_counter()
-        known = is_known(folder)
-        sources = port.open_checkpoint(folder).sources if known else stand_in.sources(TorchFiles.open(folder).tensors)
+        sources = port.open_checkpoint(folder).sources
         outlook = native_writer.outlook(model.name, sources)
         seconds = time.perf_counter() - start
-    rows = "its table" if known else "stand-in rows"
     groups = -(-outlook.nbytes // stream.GROUP)
+    dropped = sorted(model.tensors.keys() - {source.torch for source in sources})
     return (
-        f"{outlook}, {groups} groups; {len(model.tensors)} tensors in {len(shards)} files by {rows}, "
-        f"planned in {seconds:.2f} s"
+        f"{outlook}, {groups} groups; {len(model.tensors)} tensors in {len(shards)} files by its table, "
+        f"which drops {', '.join(dropped) or 'none'}; planned in {seconds:.2f} s"
     )
