@@ -43,7 +43,6 @@ GELUS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python", "q
 OTHERS = ("relu", "relu2", "relu6", "leaky_relu", "silu", "swish", "mish", "tanh", "sigmoid", "linear")
 
 
-@pytest.mark.torch
 def test_a_row_alone_is_the_row_among_others() -> None:
     rows, kernel = (jnp.asarray(RNG.standard_normal(shape), jnp.bfloat16) for shape in ((3, 5), (5, 7)))
     product = jax.jit(jax.value_and_grad(lambda rows: matmul(rows, kernel).sum()))
@@ -53,6 +52,7 @@ def test_a_row_alone_is_the_row_among_others() -> None:
     np.testing.assert_array_equal(matmul(rows[2:, None], kernel)[:, 0], matmul(rows, kernel)[2:])
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", GELUS + OTHERS)
 def test_activations_are_those_of_transformers(name: str) -> None:
     import torch
