@@ -17,7 +17,8 @@ FLOAT32_REORDERED = 1e-5
 # float64, by the RMS of their errors, and ours must not be further off (0.8 to 0.92 of torch's was measured).
 BFLOAT16_RATIO = 1.0
 # IDEFICS' decoder rounds where torch does, so that neither is closer: 0.89 to 1.11 by the weights, and 1.00 in the
-# geometric mean over ten sets of them, whose standard error is 0.02.
+# geometric mean over ten sets of them, whose standard error is 0.02. So does GLM-4V: 0.99 from pixels to logits over
+# twenty sets (standard error 0.03), 0.98 to 1.02 in its tower.
 BFLOAT16_RATIO_DECODER = 1.05
 
 

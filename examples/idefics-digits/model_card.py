@@ -46,7 +46,7 @@ answer is, to the last character. `python examples/idefics-digits/evaluate.py` m
 
 The image tower is that of the AltCLIP beside it, and stays as it is; what reads it and writes the answers starts from
 random weights. 800 steps of AdamW, each on 32 questions; the loss is on the answers alone. No step but the last was
-looked at. It took two minutes on two CPU cores.
+looked at. It took four minutes on two busy CPU cores.
 
 ## Use
 

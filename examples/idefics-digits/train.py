@@ -1,6 +1,6 @@
 """Trains a small IDEFICS to talk about handwritten digits in four languages, and exports it in PyTorch's layout.
 
-    python examples/idefics-digits/train.py                  # two minutes on two cores
+    python examples/idefics-digits/train.py                  # four minutes on two busy cores
     python examples/idefics-digits/train.py --validate 240   # how settings were chosen; writes nothing
 
 As IDEFICS was, it is built on an image tower that is there already, and stays frozen: that of the AltCLIP beside it.
@@ -100,7 +100,7 @@ def main() -> None:
     print(f"{total:,} parameters, of which {of_them:,} learn; {len(learning.labels)} pictures")
 
     def loss(params: Any, batch: training.Batch, rng: Array) -> Float[Array, ""]:
-        return model.apply({"params": params}, **batch).loss  # pyright: ignore[reportAttributeAccessIssue]
+        return model.apply({"params": params}, **batch).loss  # pyright: ignore[reportAttributeAccessIssue] - no tuple
 
     params = training.train(
         loss,

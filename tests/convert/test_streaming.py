@@ -163,7 +163,7 @@ def test_what_is_noted_is_on_the_disk() -> None:
     names = [str(i) for i in range(50)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "GROUP", 100)
-        stream.Stream(Journal(), dict.fromkeys(names, 30), None).run(names, move, flush)  # type: ignore[arg-type]
+        stream.Stream(Journal(), dict.fromkeys(names, 30), None).run(names, move, flush)  # pyright: ignore[reportArgumentType] - a stand-in
     assert noted == set(names)
 
 

@@ -21,6 +21,7 @@ from flax_vlm.layers.rotary import Rotation, rotate_interleaved
 from flax_vlm.layers.stack import make_layers, run_layers
 from flax_vlm.models.base import Block, Tower
 from flax_vlm.models.glm4v.config import GLM4VConfig
+from flax_vlm.models.outputs import LayerOutput
 
 normal = nn.initializers.normal
 
@@ -31,14 +32,6 @@ class Context(struct.PyTreeNode):
     mask: Mask
     rotation: Rotation
     index: int | Int[Array, ""] = 0
-
-
-class LayerOutput(struct.PyTreeNode):
-    """What one layer leaves behind."""
-
-    hidden_states: Float[Array, "B T D"] | None = None
-    attentions: Float[Array, "B N T S"] | None = None
-    cache: KeyValue | None = None
 
 
 class ChatGLMAttention(Block):

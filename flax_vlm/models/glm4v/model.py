@@ -30,6 +30,7 @@ from flax_vlm.models.glm4v.config import GLM4VConfig
 from flax_vlm.models.glm4v.decoder import ChatGLMTransformer, Context
 from flax_vlm.models.glm4v.splice import Slots, check_pictures, splice
 from flax_vlm.models.glm4v.vision import EVA2CLIPModel
+from flax_vlm.models.outputs import states_to_keep
 
 
 class GLM4VOutput(struct.PyTreeNode):
@@ -289,15 +290,7 @@ class GLM4VForConditionalGeneration(Tower):
           ValueError: for arguments that do not belong together.
         """
         output = self.transformer(input_ids, attention_mask, position_ids, inputs_embeds, **inputs)
-        states = output.last_hidden_state
-        if isinstance(logits_to_keep, int):
-            states = states[:, -logits_to_keep:]  # all for 0
-        elif logits_to_keep.ndim == 1:
-            states = states[:, logits_to_keep]
-        else:
-            raise ValueError(
-                f"logits_to_keep has shape {logits_to_keep.shape}: expected an int that jit does not trace, or indices"
-            )
+        states = states_to_keep(output.last_hidden_state, logits_to_keep)
         logits = self.output_layer(states)
         loss = None
         if labels is not None:

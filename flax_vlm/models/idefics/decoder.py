@@ -20,6 +20,7 @@ from flax_vlm.layers.norms import RMSNorm
 from flax_vlm.layers.rotary import Rotation, rotate
 from flax_vlm.models.base import Block, Tower
 from flax_vlm.models.idefics.config import IdeficsConfig
+from flax_vlm.models.outputs import LayerOutput
 
 normal = nn.initializers.normal
 
@@ -32,14 +33,6 @@ class Context(struct.PyTreeNode):
     index: int | Int[Array, ""] = 0
     image_states: Float[Array, "B S E"] | None = None
     may_see: Bool[Array, "B T I"] | None = None
-
-
-class LayerOutput(struct.PyTreeNode):
-    """What one decoder layer leaves behind."""
-
-    hidden_states: Float[Array, "B T D"] | None = None
-    attentions: Float[Array, "B N T S"] | None = None
-    cache: KeyValue | None = None
 
 
 class BlockMemory(struct.PyTreeNode):

@@ -34,6 +34,7 @@ from flax_vlm.models.idefics.decoder import (
     cross_layer,
     look,
 )
+from flax_vlm.models.outputs import states_to_keep
 
 
 class IdeficsOutput(struct.PyTreeNode):
@@ -381,15 +382,7 @@ class IdeficsForVisionText2Text(Tower):
           ValueError: for arguments that do not belong together.
         """
         output = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **inputs)
-        states = output.last_hidden_state
-        if isinstance(logits_to_keep, int):
-            states = states[:, -logits_to_keep:]  # all for 0
-        elif logits_to_keep.ndim == 1:
-            states = states[:, logits_to_keep]
-        else:
-            raise ValueError(
-                f"logits_to_keep has shape {logits_to_keep.shape}: expected an int that jit does not trace, or indices"
-            )
+        states = states_to_keep(output.last_hidden_state, logits_to_keep)
         logits = self.model.embed_tokens.attend(states) if self.config.tie_word_embeddings else self.lm_head(states)
         loss = None
         if labels is not None:
