@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 PYTEST = JAX_PLATFORMS=cpu $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-slow test-latest lint format bench clean distclean environment environment-latest
+.PHONY: help demo test test-slow test-latest lint format bench clean distclean environment environment-slow environment-latest
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -19,7 +19,7 @@ demo: environment ## convert the two small checkpoints of this repository; one r
 test: environment ## every test that a user would run, on the CPU
 	$(call PYTEST,.venv) -m "not slow" $(PYTEST_ARGS)
 
-test-slow: environment ## full-size checks
+test-slow: environment-slow ## full-size checks, some of which ask the TPU compiler
 	$(call PYTEST,.venv) -m slow $(PYTEST_ARGS)
 
 test-latest: environment-latest ## the tests that need no torch, on Python 3.12 with the newest jax and flax
@@ -48,6 +48,10 @@ distclean: clean ## clean, and remove the environments
 # Python 3.11 first: constraints.txt was tested there.
 environment:
 	@PYTHON="$(PYTHON)" scripts/environment.sh .venv constraints.txt dev 3.11 3.12 3.13
+
+# The same with the compiler of TPUs, 250 MB.
+environment-slow:
+	@PYTHON="$(PYTHON)" scripts/environment.sh .venv constraints.txt dev,tpu 3.11 3.12 3.13
 
 # jax from 0.11 on needs Python 3.12.
 environment-latest:

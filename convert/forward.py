@@ -1,6 +1,6 @@
 """Whether our model and transformers' make the same of one input: `flax-vlm verify --forward`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,21 @@ ROWS, TOKENS = 2, 16
 
 
 def compare_outputs(
-    model: Any, params: Mapping[str, np.ndarray], folder: Path, name: str, part: str, dtype: np.dtype
+    model: Any, params: Mapping[str, np.ndarray], folder: Path, names: Sequence[str], part: str, dtype: np.dtype
 ) -> dict[str, float]:
     """Each output, with the largest difference between the two over the RMS of the reference, computed in float32.
 
     Args:
       params: of our `model`, by path.
-      folder: where transformers loads its model `name`, of which `part` ("text_model/") is compared.
+      folder: where transformers loads the first of its models `names` that it has; `part` of it ("text_model/") is
+        compared.
       dtype: what its parameters are cast to first, as a conversion cast ours.
 
     Raises:
       ConversionError: where transformers cannot load all of the model.
     """
     inputs = _inputs(model)
-    expected = _reference(inputs, folder, name, part, dtype)
+    expected = _reference(inputs, folder, names, part, dtype)
     model = model.clone(dtype=np.float32, param_dtype=np.float32)
     tree = unflatten_params({path: array.astype(np.float32) for path, array in params.items()})
     with jax.default_matmul_precision("highest"):
@@ -52,13 +53,14 @@ def require_transformers() -> None:
         ) from error
 
 
-def _reference(inputs: Mapping[str, np.ndarray], folder: Path, name: str, part: str, dtype: np.dtype) -> Any:
+def _reference(inputs: Mapping[str, np.ndarray], folder: Path, names: Sequence[str], part: str, dtype: np.dtype) -> Any:
     import torch
     import transformers
 
-    if not hasattr(transformers, name):
+    name = next((name for name in names if hasattr(transformers, name)), None)
+    if name is None:
         raise ConversionError(
-            f"--forward: transformers {transformers.__version__} has no {name}: compare values alone."
+            f"--forward: transformers {transformers.__version__} has no {names[0]}: compare values alone."
         )
     bar = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()

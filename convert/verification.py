@@ -269,7 +269,9 @@ def _outputs(source: _Opened, target: _Opened) -> dict[str, float]:
     dtype = common_float(array.dtype for array in target.arrays.values())
     everything = {path: (slice(None),) * len(array.shape) for path, array in ours.arrays.items()}
     params = {path: cast(array.read(everything[path]), dtype) for path, array in ours.arrays.items()}
-    return compare_outputs(ours.model, params, theirs.folder, _model_class(theirs.folder).__name__, theirs.part, dtype)
+    named = checkpoint.read_config(theirs.folder).get("architectures") or ()
+    names = [*named, _model_class(theirs.folder).__name__]
+    return compare_outputs(ours.model, params, theirs.folder, names, theirs.part, dtype)
 
 
 def _unlike(source: _Array, target: _Array) -> str:

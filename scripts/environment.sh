@@ -15,8 +15,10 @@ stamp=$venv/made-from
 # A checkout that was moved or copied brings an environment that still points to the old place.
 is_ours() { grep -qF "$PWD/$venv" "$venv/bin/activate" 2>/dev/null && "$venv/bin/python" -c 'import pip' 2>/dev/null; }
 
-if is_ours && [ "$(cat "$stamp" 2>/dev/null)" = "$made_from" ]; then
-    exit 0
+if is_ours; then
+    case "$(cat "$stamp" 2>/dev/null)" in
+    "$made_from" | "$made_from",*) exit 0 ;; # the latter has further extras
+    esac
 fi
 
 usable() { # INTERPRETER VERSION: does it run, is it that version, can it make environments?

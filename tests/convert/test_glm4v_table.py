@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from benchmarks.conversion import names as released
 from flax_vlm import convert
-from flax_vlm.convert import ConversionError, port
+from flax_vlm.convert import ConversionError, port, verification
 from flax_vlm.convert.glm4v import TABLES, WHOLE
 from flax_vlm.convert.rules import Drop, match, plan_read, plan_write
 from flax_vlm.convert.torch_files import InMemory, TensorInfo, TorchFiles
@@ -22,6 +22,7 @@ from flax_vlm.layers.param_tree import flatten_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
 from flax_vlm.models.glm4v import EVA2CLIPModel, GLM4VConfig, GLM4VForConditionalGeneration, GLM4VModel
+from tests.parity import glm4v_cases as cases
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "glm4v"
 Names = dict[str, tuple[int, ...]]
@@ -147,6 +148,18 @@ def test_there_and_back_is_exact() -> None:
     assert back.keys() == state.keys() - {BUFFER}
     for name, array in back.items():
         np.testing.assert_array_equal(array, state[name])
+
+
+@pytest.mark.torch
+def test_forward_runs_what_transformers_has(tmp_path: Path) -> None:
+    """Its port of the text model; of the whole there is only code that came with the weights."""
+    cases.torch_decoder("float32").save_pretrained(tmp_path / "glm")
+    for name, source in (("text", tmp_path / "glm"), ("whole", GOLDEN)):
+        convert.to_flax(source, tmp_path / name)
+    found = verification.verify(tmp_path / "glm", tmp_path / "text", forward=True)
+    assert found.equal and found.outputs.keys() == {"logits"}, found.report()
+    with pytest.raises(ConversionError, match="has no ChatGLMModel: compare values alone"):
+        verification.verify(GOLDEN, tmp_path / "whole", forward=True)
 
 
 @pytest.mark.parametrize("source", ["released", "golden"])

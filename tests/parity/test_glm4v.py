@@ -15,9 +15,10 @@ import pytest
 
 import flax_vlm
 from flax_vlm import convert, generation
+from flax_vlm.layers import attention, rotary
 from flax_vlm.layers.param_tree import flatten_params
 from flax_vlm.layers.stack import stack_params
-from flax_vlm.models.glm4v import GLM4VConfig, GLM4VForCausalLM, GLM4VForConditionalGeneration
+from flax_vlm.models.glm4v import GLM4VConfig, GLM4VForCausalLM, GLM4VForConditionalGeneration, decoder
 from flax_vlm.models.glm4v.splice import splice
 from tests.compiling import jitted
 from tests.parity import glm4v_cases as cases
@@ -27,8 +28,8 @@ DTYPES = {"float64": FLOAT64, "float32": FLOAT32}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_the_decoder_computes(dtype: str) -> None:
-    """Every array inside, slot by slot: in double from the pictures on, in float32 from what stands in the slots."""
+def test_every_intermediate_of_the_decoder(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slot by slot: in double from the pictures on, in float32 from what stands in the slots."""
     with jax.enable_x64(dtype == "float64"):
         golden = cases.oracle(dtype)
         model, params = cases.model(dtype), cases.params(dtype)
@@ -39,26 +40,54 @@ def test_what_the_decoder_computes(dtype: str) -> None:
             arrays = {"inputs_embeds": jnp.asarray(golden["img.text.inputs_embeds"]), "position_ids": positions}
 
         def run(params: Any, arrays: Any) -> Any:
-            capture = {"capture_intermediates": True, "mutable": "intermediates"}
-            cache = model.init_cache(2, 28)
-            return model.apply({"params": params}, **arrays, cache=cache, output_hidden_states=True, **capture)
+            """What comes out, what its modules give, and what attention takes and gives in each layer."""
+            watched: list[tuple[Any, ...]] = []
+            turning: list[Any] = []
 
-        out, captured = jitted(run)(params, arrays)
-        inner = captured["intermediates"]["transformer"]["encoder"]
+            def attend(query: Any, key: Any, value: Any, **how: Any) -> Any:
+                attended, weights = attention.attend(query, key, value, **how)
+                watched.append((query, key, value, attended))
+                return attended, weights
+
+            def rotate(states: Any, by: Any) -> Any:
+                turning.append(by)
+                return rotary.rotate_interleaved(states, by)
+
+            monkeypatch.setattr(decoder, "attend", attend)
+            monkeypatch.setattr(decoder, "rotate_interleaved", rotate)
+            capture = {"capture_intermediates": True, "mutable": "intermediates"}
+            out, captured = model.apply(
+                {"params": params}, **arrays, cache=model.init_cache(2, 28), output_hidden_states=True, **capture
+            )
+            return out, captured["intermediates"]["transformer"]["encoder"], watched, turning[0]
+
+        out, inner, watched, turned = jitted(run)(params, arrays)
         found = {f"hidden_states{i}": states for i, states in enumerate(out.hidden_states)}
-        found |= {"logits": out.logits, "text.final_layernorm": inner["final_layernorm"]["__call__"][0]}
-        for i, kept in enumerate(out.cache.layers):
+        found |= {
+            "logits": out.logits,
+            "text.inputs_embeds": out.hidden_states[0],
+            "text.rope_rows": jnp.stack(turned, axis=-1)[:, :, 0],
+            "text.final_layernorm": inner["final_layernorm"]["__call__"][0],
+        }
+        for i, (kept, (query, key, value, attended)) in enumerate(zip(out.cache.layers, watched, strict=True)):
             layer = inner[f"layers_{i}"]
-            attention = layer["self_attention"]
-            fused = [attention[f"{p}_proj"]["__call__"][0] for p in "qkv"]
+            part = layer["self_attention"]
+            name, group = f"text.layer{i}", query.shape[2] // key.shape[2]
             found |= {
-                f"text.layer{i}.input_layernorm": layer["input_layernorm"]["__call__"][0],
-                f"text.layer{i}.qkv": jnp.concatenate(fused, axis=-1),
-                f"text.layer{i}.attention": attention["__call__"][0][0],
-                f"text.layer{i}.mlp": layer["mlp"]["__call__"][0],
+                name: out.hidden_states[i + 1],
+                f"{name}.input_layernorm": layer["input_layernorm"]["__call__"][0],
+                f"{name}.qkv": jnp.concatenate([part[f"{p}_proj"]["__call__"][0] for p in "qkv"], axis=-1),
+                f"{name}.q_rope": query.swapaxes(1, 2),
+                f"{name}.k_rope_repeated": key.repeat(group, axis=2).swapaxes(1, 2),
+                f"{name}.v_repeated": value.repeat(group, axis=2).swapaxes(1, 2),
+                f"{name}.context": attended.reshape(2, 28, -1),
+                f"{name}.attention": part["__call__"][0][0],
+                f"{name}.mlp": layer["mlp"]["__call__"][0],
                 f"cache{i}.key": kept.key.swapaxes(1, 2),
                 f"cache{i}.value": kept.value.swapaxes(1, 2),
             }
+        inside = ("img.text.", "img.cache", "img.hidden_states", "img.logits")
+        assert {f"img.{name}" for name in found} == {name for name in golden if name.startswith(inside)}
         for name, array in found.items():
             assert_close(array, golden[f"img.{name}"], DTYPES[dtype], name)
         np.testing.assert_array_equal(out.cache.next_position, [13, 13])

@@ -151,6 +151,10 @@ class GLM4VConfig:
         return self.padded_vocab_size
 
     @property
+    def max_position_embeddings(self) -> int:
+        return self.seq_length
+
+    @property
     def picture_ids(self) -> tuple[int, int]:
         """Begin and end of a picture; ValueError where the model has none."""
         if self.boi_token_id is None or self.eoi_token_id is None:
