@@ -4,6 +4,7 @@ The pictures are the test set of UCI's "Optical Recognition of Handwritten Digit
 doi:10.24432/C50P49, CC BY 4.0), white ink on black.
 """
 
+import io
 import math
 from typing import NamedTuple
 
@@ -39,8 +40,8 @@ def split(digits: Digits, count: int) -> tuple[Digits, Digits]:
     return Digits(digits.images[rest], digits.labels[rest]), Digits(digits.images[taken], digits.labels[taken])
 
 
-def augment(rng: np.random.Generator, image: np.ndarray) -> Image.Image:
-    """`image` a little turned, zoomed, sheared and shifted, at the size that the model sees."""
+def augment(rng: np.random.Generator, image: np.ndarray) -> bytes:
+    """A PNG of `image` a little turned, zoomed, sheared and shifted, at the size that the model sees."""
     angle, shear = rng.uniform(-0.25, 0.25), rng.uniform(-0.15, 0.15)
     zoom_x, zoom_y = rng.uniform(0.85, 1.15, 2)
     shift_x, shift_y = rng.uniform(-SIZE / 10, SIZE / 10, 2)
@@ -50,4 +51,6 @@ def augment(rng: np.random.Generator, image: np.ndarray) -> Image.Image:
     middle = SIZE / 2
     matrix = (a, b, middle - (a + b) * middle + shift_x, c, d, middle - (c + d) * middle + shift_y)
     large = Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return large.transform(large.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    file = io.BytesIO()
+    large.transform(large.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR).save(file, "PNG")
+    return file.getvalue()

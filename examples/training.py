@@ -1,30 +1,16 @@
-"""How the examples are trained (AdamW, warmed up and then along a cosine, one batch a step) and exported."""
+"""From new parameters to a checkpoint in PyTorch's layout, through `flax-vlm train`."""
 
-import tempfile
-import time
-from collections.abc import Callable, Mapping
-from functools import partial
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-import optax
 from flax import linen as nn
-from jax import lax
-from jaxtyping import Array, Float
 
-from flax_vlm import convert
+from flax_vlm import cli, convert
 from flax_vlm.pretrained import VLM
-
-Batch = Mapping[str, Any]
-Loss = Callable[[Any, Batch, Array], Float[Array, ""]]  # of parameters, a batch, and a key for the dropout
-
-
-class State(NamedTuple):
-    params: Any
-    optimizer: optax.OptState
-    rng: Array
+from flax_vlm.training.data.records import Record, write
 
 
 def initial_params(model: Any, seed: int) -> Any:
@@ -33,55 +19,27 @@ def initial_params(model: Any, seed: int) -> Any:
     return nn.meta.unbox(model.init(jax.random.key(seed), **example_inputs)["params"])
 
 
-def train(
-    loss: Loss,
-    params: Any,
-    draw: Callable[[], Batch],
-    *,
-    steps: int,
-    learning_rate: float,
-    weight_decay: float,
-    trainable: Any = None,
-) -> Any:
-    """The parameters after `steps` batches from `draw`; none before them is looked at.
+def begin(folder: Path, start: VLM, records: Iterable[Record]) -> None:
+    """Fills a run's folder with what its recipe names: the model to start from, and records. What was there goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    start.save_pretrained(folder / "start")
+    number = write(records, folder / "data.array_record")
+    print(f"{sum(leaf.size for leaf in jax.tree.leaves(start.params)):,} parameters, {number:,} records", flush=True)
 
-    `trainable` holds a boolean for each parameter; without it all of them learn.
+
+def train(folder: Path, recipe: Path, fields: Sequence[str] = ()) -> Path:
+    """Trains what `begin` has put into a folder, and returns the trained model's.
+
+    Args:
+      fields: of the recipe, as one would type them.
     """
-    if trainable is None:
-        trainable = jax.tree.map(lambda _: True, params)
-    schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 20, steps)
-    decays = jax.tree.map(lambda leaf, learns: learns and leaf.ndim > 1, params, trainable)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay, mask=decays)
-    )
-
-    def loss_of_trainable(params: Any, batch: Batch, rng: Array) -> Float[Array, ""]:
-        """What is frozen has no gradient, and none is computed."""
-        stopped = jax.tree.map(lambda leaf, learns: leaf if learns else lax.stop_gradient(leaf), params, trainable)
-        return loss(stopped, batch, rng)
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: State, batch: Batch) -> tuple[State, Float[Array, ""]]:
-        rng, dropout = jax.random.split(state.rng)
-        value, gradients = jax.value_and_grad(loss_of_trainable)(state.params, batch, dropout)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        return State(optax.apply_updates(state.params, updates), optimizer_state, rng), value
-
-    # On a CPU the default generator would take as long for the dropout as the model for everything else.
-    state = State(params, optimizer.init(params), jax.random.key(0, impl="rbg"))
-    start, losses = time.perf_counter(), []
-    for number in range(1, steps + 1):
-        state, value = step(state, draw())
-        losses.append(value)
-        if number % 100 == 0:
-            print(f"step {number:5}   loss {np.mean(losses):.4f}   {time.perf_counter() - start:4.0f} s", flush=True)
-            losses.clear()
-    return state.params
+    if code := cli.main(["train", str(recipe), *fields]):
+        raise SystemExit(code)
+    return folder / "run" / "model"
 
 
-def export(vlm: VLM, target: Path) -> None:
+def export(trained: Path, target: Path) -> None:
     """Writes a checkpoint in PyTorch's layout, over the one that is there."""
-    with tempfile.TemporaryDirectory() as folder:
-        vlm.save_pretrained(Path(folder) / "native")
-        convert.to_torch(Path(folder) / "native", target, overwrite=True)
-    (target / "conversion.json").unlink()  # it tells of a folder that is gone
+    convert.to_torch(trained, target, overwrite=True)
+    (target / "conversion.json").unlink()  # it tells of a folder that is not in the repository

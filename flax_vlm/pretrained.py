@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from flax_vlm import checkpoint, generation, parallel
@@ -19,7 +21,7 @@ from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
 from flax_vlm.processing import AltCLIPProcessor, GLM4VProcessor, IdeficsProcessor, TextStream
-from flax_vlm.whole_folder import whole_folder
+from flax_vlm.whole_folder import draft_of, whole_folder
 
 logger = logging.getLogger("flax_vlm")
 
@@ -33,6 +35,7 @@ class VLM:
       config: the frozen dataclass that the module was built from.
       processor: turns texts and pictures into inputs; None where the checkpoint brings no files for one.
       generation_config: what `generate` does unless told otherwise; None for a model that does not generate.
+      mesh, rules: where the parameters are and what runs is split; a mesh of None is one device.
     """
 
     def __init__(
@@ -41,11 +44,15 @@ class VLM:
         params: Mapping[str, Any],
         processor: Any = None,
         generation_config: generation.GenerationConfig | None = None,
+        mesh: Mesh | None = None,
+        rules: parallel.Rules | str = parallel.FSDP_TENSOR,
     ) -> None:
         self.model = model
         self.params = params
         self.processor = processor
         self.generation_config = generation_config
+        self.mesh = mesh
+        self.rules = rules
         self._apply = jax.jit(self._traced, static_argnames=("method", "flags"))
 
     @property
@@ -60,7 +67,12 @@ class VLM:
         """
         flags = {name: value for name, value in inputs.items() if isinstance(value, bool)}
         arrays = {name: value for name, value in inputs.items() if name not in flags and value is not None}
-        return self._apply(self.params, arrays, rngs, method=method, flags=tuple(sorted(flags.items())))
+        with self._placed():
+            return self._apply(self.params, arrays, rngs, method=method, flags=tuple(sorted(flags.items())))
+
+    def _placed(self) -> AbstractContextManager[None]:
+        """Mesh and rules in effect, if there is a mesh."""
+        return nullcontext() if self.mesh is None else parallel.use(self.mesh, self.rules)
 
     def _traced(
         self, params: Any, arrays: dict[str, Any], rngs: Any, method: str | None, flags: tuple[tuple[str, bool], ...]
@@ -96,13 +108,16 @@ class VLM:
         config = self.generation_config.updated(**options)
         tokenizer = None if self.processor is None else self.processor.tokenizer
         if not stream:
-            return generation.generate(self.model, self.params, inputs, config, tokenizer=tokenizer, cache=cache)
+            with self._placed():
+                return generation.generate(self.model, self.params, inputs, config, tokenizer=tokenizer, cache=cache)
         if self.processor is None:
             raise ValueError("stream=True gives text: the checkpoint has no tokenizer. Use flax_vlm.generation.stream")
         text_stream = partial(TextStream, self.processor.tokenizer)
-        return generation.stream(
-            self.model, self.params, inputs, config, tokenizer=tokenizer, cache=cache, text_stream=text_stream
-        )
+        with self._placed():
+            begun = generation.stream(
+                self.model, self.params, inputs, config, tokenizer=tokenizer, cache=cache, text_stream=text_stream
+            )
+        return begun if self.mesh is None else _StreamOnMesh(begun, self._placed)
 
     def get_text_features(self, **inputs: Any) -> jax.Array:
         """Texts in the space they share with images, [B, projection_dim], not normalised."""
@@ -117,10 +132,12 @@ class VLM:
         from flax_vlm.models.altclip import prune_heads
 
         config, params = prune_heads(self.config, self.params, heads_to_prune)
-        return VLM(self.model.clone(config=config), params, self.processor)
+        return VLM(self.model.clone(config=config), params, self.processor, mesh=self.mesh, rules=self.rules)
 
     def save_pretrained(self, target: str | Path, overwrite: bool = False) -> None:
         """Writes a native checkpoint; `flax_vlm.convert.to_torch` takes it on to PyTorch.
+
+        Of several processes each writes what its devices hold: all of them call this, for a folder that all reach.
 
         Raises:
           FileExistsError: when `target` is taken.
@@ -131,13 +148,51 @@ class VLM:
             "architectures": [type(self.model).__name__],
             "torch_dtype": str(np.dtype(jax.tree.leaves(params)[0].dtype)),
         }
-        with whole_folder(target, overwrite) as draft:
-            checkpoint.save_params(draft.folder, params)
+        with _folder_of_all_processes(target, overwrite) as folder:
+            checkpoint.save_params(folder, params)
+            if jax.process_index() > 0:
+                return
             if self.processor is not None:
-                self.processor.save(draft.folder)
+                self.processor.save(folder)
             if self.generation_config is not None:
-                checkpoint.write_config(draft.folder, self.generation_config.to_hf(), checkpoint.GENERATION_CONFIG)
-            checkpoint.write_config(draft.folder, data)
+                checkpoint.write_config(folder, self.generation_config.to_hf(), checkpoint.GENERATION_CONFIG)
+            checkpoint.write_config(folder, data)
+
+
+@contextmanager
+def _folder_of_all_processes(target: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A `whole_folder` of the first process, into which all of them write."""
+    if jax.process_count() == 1:
+        with whole_folder(target, overwrite) as draft:
+            yield draft.folder
+        return
+    with ExitStack() as stack:
+        fault = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(whole_folder(target, overwrite))
+            except OSError as error:  # told to all, who would wait for ever
+                fault = error
+        if multihost_utils.broadcast_one_to_all(np.array(fault is not None)):
+            raise fault or OSError(f"{target}: the first process cannot write it, and says why")
+        yield draft_of(target)
+        multihost_utils.sync_global_devices(f"written {target}")
+
+
+class _StreamOnMesh(generation.Stream):
+    """A stream that has mesh and rules in effect while it makes a piece, and not in between."""
+
+    def __init__(self, stream: generation.Stream, placed: Callable[[], AbstractContextManager[None]]) -> None:
+        self._stream = stream
+        self._placed = placed
+
+    def __next__(self) -> Any:
+        with self._placed():
+            return next(self._stream)
+
+    @property
+    def output(self) -> generation.GenerateOutput:
+        return self._stream.output
 
 
 def from_pretrained(
@@ -146,7 +201,7 @@ def from_pretrained(
     model_class: type[nn.Module] | None = None,
     dtype: Any = None,
     mesh: Mesh | None = None,
-    rules: parallel.Rules = parallel.FSDP,
+    rules: parallel.Rules | str = parallel.FSDP_TENSOR,
     scan_layers: bool = False,
     **model_options: Any,
 ) -> VLM:
@@ -156,7 +211,7 @@ def from_pretrained(
       model_class: a part of the model to take out of the whole, `AltCLIPTextModel` say.
       dtype: of parameters and computation; None keeps the checkpoint's.
       mesh: place parameters on it by `rules`, each device's slice straight from the file; without, on one device.
-      rules: logical axis name -> mesh axis, see `flax_vlm.parallel`.
+      rules: which mesh axes split what: "replicated", "fsdp", "fsdp_tensor", or a `parallel.Rules`.
       scan_layers: run the layers as a scan (fast to compile, for training) instead of unrolled (fast to run).
       model_options: further attributes of the module: `remat`, `attention_implementation` ...
 
@@ -184,7 +239,7 @@ def from_pretrained(
     if scan_layers:
         params = stack_params(params)
     model = opened.model.clone(dtype=compute, param_dtype=compute, scan_layers=scan_layers, **model_options)
-    return VLM(model, params, _load_processor(folder, config), _generation_config(folder, model))
+    return VLM(model, params, _load_processor(folder, config), _generation_config(folder, model), mesh, rules)
 
 
 class _Opened(NamedTuple):

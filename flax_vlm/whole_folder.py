@@ -64,7 +64,7 @@ def whole_folder(
       OSError: when the disk has no room for `nbytes`, or the folder of `target` cannot be written.
     """
     target = resolved(target)
-    folder, replaced = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.replaced")
+    folder, replaced = draft_of(target), target.with_name(f".{target.name}.replaced")
     _check_taken(target, overwrite, marker)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +87,12 @@ def whole_folder(
     except OSError as error:
         _explain(error, target, nbytes)
         raise
+
+
+def draft_of(target: str | Path) -> Path:
+    """Where `target` is written."""
+    target = resolved(target)
+    return target.with_name(f".{target.name}.partial")
 
 
 @contextlib.contextmanager

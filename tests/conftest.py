@@ -8,7 +8,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # its compiler need not look for the machine's TPU
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis

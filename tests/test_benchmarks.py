@@ -54,9 +54,9 @@ def test_one_command_prints_the_table_and_writes_json(tmp_path, capsys):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("module", ["vision_tower", "generation"])
-def test_contestants_of_glm4v_make_the_same(module):
-    chosen = [case for case in cases.cases(module, quick=True) if "GLM-4V" in case.title and "bfloat16" in case.title]
+@pytest.mark.parametrize("module, family", [("vision_tower", "GLM-4V"), ("generation", "GLM-4V"), ("train_step", "")])
+def test_contestants_make_the_same(module, family):
+    chosen = [case for case in cases.cases(module, quick=True) if family in case.title and "bfloat16" in case.title]
     assert chosen
     for case in chosen:
         works = [prepare() for prepare in case.contestants.values()]

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "hub": {"checkpoint"},
     "convert": BELOW_CONVERT,
     "generation": BELOW_CONVERT,
-    "training": BELOW_CONVERT,
+    "training": BELOW_CONVERT | {"convert"},
     "pretrained": BELOW_PRETRAINED,
     "zero_shot": {"pretrained"},
     "demo": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot"},
@@ -41,7 +41,7 @@ MAY_IMPORT = {
 NEVER_ON_IMPORT = {"torch", "transformers", "matplotlib"}
 
 # Where the name of a distribution is not the name it is imported by.
-IMPORTED_AS = {"pillow": {"PIL"}, "orbax-checkpoint": {"orbax"}}
+IMPORTED_AS = {"absl-py": {"absl"}, "pillow": {"PIL"}, "orbax-checkpoint": {"orbax"}}
 
 
 def source_files() -> list[Path]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MODULES = ("vision_tower", "generation", "start_up")
+MODULES = ("vision_tower", "generation", "train_step", "data", "start_up")
 
 
 class Work(NamedTuple):

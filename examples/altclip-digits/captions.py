@@ -30,15 +30,14 @@ SPECIAL_TOKENS = {
 
 
 class Captions:
-    """Draws captions for groups of ten digits."""
+    """Draws captions of a digit."""
 
     def __init__(self, languages: Sequence[demo.Language]) -> None:
-        self._of = [[captions_of(language, digit) for digit in DIGITS] for language in languages]
+        self._of = [[captions_of(language, digit) for language in languages] for digit in DIGITS]
 
-    def draw(self, rng: np.random.Generator) -> list[str]:
-        """A caption for each digit, 0 first, each in a language of its own."""
-        choices = [self._of[rng.integers(len(self._of))][digit] for digit in DIGITS]
-        return [captions[rng.integers(len(captions))] for captions in choices]
+    def draw(self, rng: np.random.Generator, digit: int) -> list[str]:
+        """One in each language."""
+        return [captions[rng.integers(len(captions))] for captions in self._of[digit]]
 
 
 def captions_of(language: demo.Language, digit: int) -> list[str]:

@@ -36,15 +36,16 @@ is fixed, and is none of those of the training.
   sentences were chosen on 240 pictures of the other part (`train.py --validate 240`).
 - **Captions**: twelve sentences a language in `captions.json`, with the usual word for the digit, with others (in
   Korean both series of numbers, in Japanese kana and kanji), and with the numeral.
-- **Augmentation**: each training picture is turned, sheared, zoomed and shifted a little at every step.
+- **Augmentation**: each training picture comes in 112 variants, a little turned, sheared, zoomed and shifted. Each of
+  them has a caption in every language, of which one is drawn every time.
 
 ## Training
 
     python examples/altclip-digits/train.py
 
-2,000 steps of AdamW, each on eight groups of ten pairs with ten different digits; the loss is AltCLIP's, within each
-group. No step but the last was looked at. It took seven minutes on two busy CPU cores; a second run there gave the same
-file, bit for bit.
+It makes pairs and random weights, and runs `recipe.py` with `flax-vlm train`: 4,000 steps of AdamW, each on 40 pairs,
+none of which comes twice; the loss is AltCLIP's, over the whole batch. No step but the last was looked at. It took
+eight minutes on two busy CPU cores.
 
 ## Use
 

@@ -38,15 +38,16 @@ answer is, to the last character. `python examples/idefics-digits/evaluate.py` m
   (`train.py --validate 240`), which the image tower had learnt from.
 - **Prompts**: those of `prompts.json`, each worded in two ways. In questions for the larger digit a word may stand in
   place of a picture, or of both.
-- **Augmentation**: each training picture is turned, sheared, zoomed and shifted a little at every step.
+- **Augmentation**: each training picture is turned, sheared, zoomed and shifted a little, anew for every question.
 
 ## Training
 
     python examples/idefics-digits/train.py
 
-The image tower is that of the AltCLIP beside it, and stays as it is; what reads it and writes the answers starts from
-random weights. 800 steps of AdamW, each on 32 questions; the loss is on the answers alone. No step but the last was
-looked at. It took four minutes on two busy CPU cores.
+It makes questions and random weights, and runs `recipe.py` with `flax-vlm train`. The image tower is that of the
+AltCLIP beside it, and stays as it is; what reads it and writes the answers starts from random weights. 800 steps of
+AdamW, each on 32 questions, none of which comes twice; the loss is on the answers alone. No step but the last was
+looked at. It took three minutes on two busy CPU cores.
 
 ## Use
 

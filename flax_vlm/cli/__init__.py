@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from . import checks, pictures, talk, weights  # noqa: F401, they register their commands
+from . import checks, evaluate, pictures, plan, records, talk, train, weights  # noqa: F401, they register their commands
 from .app import app
 
 _ABOUT = (
@@ -17,8 +17,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; exit code 2 and one sentence for a mistake of the caller's (with --debug, a traceback)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
+    if arguments[:1] == ["train"] and not "".join(arguments[1:2]).startswith("-"):
+        arguments.insert(2, "--")  # what comes after a recipe are fields of its config, which the command reads
     try:
-        app.cli(prog="flax-vlm", description=_ABOUT, args=[word for word in arguments if word != "--debug"])
+        app.cli(prog="flax-vlm", description=_ABOUT, args=arguments)
     except _MISTAKES as error:
         if debug:
             raise

@@ -44,7 +44,7 @@ def generate(
     prompted = interleave(prompt.replace("\\n", "\n"), image)
     vlm = _load(model, dtype)
     inputs = vlm.processor(prompted)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams} | _tokens_of_the_layout(vlm)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams} | tokens_of_the_layout(vlm)
     options["do_sample"] = temperature is not None  # whatever the checkpoint says
     if temperature is not None:
         options |= {"temperature": temperature, "seed": seed}
@@ -115,7 +115,7 @@ class _Chat:
     def __init__(self, vlm: Any, max_new_tokens: int) -> None:
         self._vlm = vlm
         self._limit = max_new_tokens
-        self._options = {"max_new_tokens": max_new_tokens} | _tokens_of_the_layout(vlm)
+        self._options = {"max_new_tokens": max_new_tokens} | tokens_of_the_layout(vlm)
         self._messages: list[dict[str, Any]] = []
         self._forget()
         # What cannot be is said at once: too few tokens, a tokenizer that knows no chats.
@@ -183,7 +183,7 @@ def _load(model: str, dtype: str | None) -> Any:
     return vlm
 
 
-def _tokens_of_the_layout(vlm: Any) -> dict[str, Any]:
+def tokens_of_the_layout(vlm: Any) -> dict[str, Any]:
     """Options by which the token that ends an utterance ends the answer, and those for pictures cannot be said."""
     tokenizer, config = vlm.processor.tokenizer, vlm.generation_config
     ids = {token: tokenizer.backend.token_to_id(token) for token in (END, *tokenizer.additional_special_tokens)}

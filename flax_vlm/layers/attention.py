@@ -2,7 +2,8 @@
 
 B batch   T queries   S keys   N query heads   K key/value heads (N = K * G)   H head width
 
-Masks are boolean, True = may attend, and broadcast to [B, N, T, S]:
+Masks say which key a query may attend. A `Mask` holds what it is made of and is written out, True = may attend, only
+where scores are; plain arrays that broadcast to [B, N, T, S] serve too:
 
     causal, T = S = 3      padding, row of 2 tokens + 1 pad      cached, 1 new token in slot 2 of 4
         1 0 0                  1 1 0                                 1 1 1 0
@@ -12,58 +13,106 @@ Masks are boolean, True = may attend, and broadcast to [B, N, T, S]:
 A query that may attend nothing takes exactly zero, forward and backward, never NaN.
 """
 
-import math
-from typing import Literal, TypeAlias
+import functools
+import operator
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from flax_vlm.layers.linear import wide
+from flax_vlm.layers.blocked_attention import attend_in_blocks
+from flax_vlm.layers.partitioning import HEADS, constrain
+from flax_vlm.layers.per_device import per_device
+from flax_vlm.layers.plain_attention import attend_plainly
+from flax_vlm.layers.splash import LANES, Segments, splash
 
-Implementation: TypeAlias = Literal["auto", "xla", "blocked"]
-Mask: TypeAlias = Bool[Array, "#B #N #T _"]  # S columns, or a divisor of S
+Implementation: TypeAlias = Literal["auto", "xla", "blocked", "splash"]
+Allowed: TypeAlias = Bool[Array, "#B #N #T _"]  # S columns, or a divisor of S
 
-# Scores of one block in `blocked`: small enough for a last-level cache share, large enough to keep the cores busy.
-_BLOCK_SCORES = 2**23
-# Below this many scores the loop of `blocked` costs more than it saves.
+# The kernel is made by going over them in Python.
+_SPLASH_HEADS = 1024
+# Below this many scores the loop of "blocked" costs more than it saves.
 _SMALL = 2**16
 
 
-def causal_mask(num_queries: int, num_keys: int, offset: int | Int[Array, ""] = 0) -> Bool[Array, "1 1 T S"]:
+class Mask(struct.PyTreeNode):
+    """What may be attended: what all parts allow. `&` joins masks, and masks with arrays.
+
+    Attributes:
+      allowed: written out, or as far as it is the same for all rows, heads or queries.
+      segments: a number for each token of T = S; it attends tokens of its own number only, and 0 (padding) nothing.
+      causal: query t attends the keys up to t.
+    """
+
+    allowed: Allowed | None = None
+    segments: Int[Array, "B T"] | None = None
+    causal: bool = struct.field(pytree_node=False, default=False)
+
+    def __and__(self, other: "Mask | Array") -> "Mask":
+        if not isinstance(other, Mask):
+            other = Mask(other)
+        if self.segments is not None and other.segments is not None:
+            other = Mask(other.written_out(*2 * other.segments.shape[1:]))
+        parts = [part for part in (self.allowed, other.allowed) if part is not None]
+        return Mask(
+            functools.reduce(operator.and_, parts) if parts else None,
+            other.segments if self.segments is None else self.segments,
+            self.causal or other.causal,
+        )
+
+    __rand__ = __and__
+
+    def written_out(self, num_queries: int, num_keys: int) -> Allowed | None:
+        """As one array; None where everything is allowed."""
+        parts = [] if self.allowed is None else [self.allowed]
+        if self.causal:
+            parts.append(jnp.tri(num_queries, num_keys, dtype=bool)[None, None])
+        if self.segments is not None:
+            own = self.segments[:, None]
+            parts.append((own[..., None] == own[:, :, None]) & (own != 0)[..., None])
+        return functools.reduce(operator.and_, parts) if parts else None
+
+
+def causal_mask(num_queries: int, num_keys: int, offset: int | Int[Array, ""] = 0) -> Mask:
     """Query t sits at key slot `offset + t` and attends the slots up to its own."""
+    if isinstance(offset, int) and offset == 0:
+        return Mask(causal=True)
     slots = jnp.arange(num_queries)[:, None] + offset
-    return (jnp.arange(num_keys) <= slots)[None, None]
+    return Mask((jnp.arange(num_keys) <= slots)[None, None])
 
 
-def padding_mask(attention_mask: Array) -> Bool[Array, "B 1 #T S"]:
-    """[B, S] (1 = token, 0 = padding) or [B, T, S] (one row per query), of any dtype, as a mask of `attend`.
+def padding_mask(attention_mask: Array) -> Mask:
+    """[B, S] (1 = token, 0 = padding) or [B, T, S] (one row per query), of any dtype.
 
     Raises:
       ValueError: for any other number of axes.
     """
     if attention_mask.ndim == 2:
-        return (attention_mask != 0)[:, None, None, :]
+        return Mask((attention_mask != 0)[:, None, None, :])
     if attention_mask.ndim == 3:
-        return (attention_mask != 0)[:, None]
+        return Mask((attention_mask != 0)[:, None])
     raise ValueError(
         f"attention_mask has shape {attention_mask.shape}: expected [batch, keys] or [batch, queries, keys]"
     )
 
 
-def length_mask(lengths: Int[Array, " B"], num_keys: int) -> Bool[Array, "B 1 1 S"]:
+def segment_mask(segment_ids: Int[Array, "B T"]) -> Mask:
+    """Documents packed in a row, numbered from 1 on: each token attends its own document, and padding (0) nothing."""
+    return Mask(segments=segment_ids)
+
+
+def length_mask(lengths: Int[Array, " B"], num_keys: int) -> Mask:
     """Row b attends its first `lengths[b]` keys."""
-    return (jnp.arange(num_keys) < lengths[:, None])[:, None, None, :]
+    return Mask((jnp.arange(num_keys) < lengths[:, None])[:, None, None, :])
 
 
 def combine_masks(*masks: Mask | None) -> Mask | None:
     """What every given mask allows; None where none is given."""
-    combined = None
-    for mask in masks:
-        if mask is not None:
-            combined = mask if combined is None else combined & mask
-    return combined
+    given = [mask for mask in masks if mask is not None]
+    return functools.reduce(operator.and_, given) if given else None
 
 
 def attend(
@@ -71,7 +120,7 @@ def attend(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     *,
-    mask: Mask | None = None,
+    mask: Mask | Allowed | None = None,
     causal: bool = False,
     key_value_lengths: Int[Array, " B"] | None = None,
     bias: Float[Array, "#B #N T S"] | None = None,
@@ -93,8 +142,9 @@ def attend(
       return_weights: also give the probabilities as they were used (after dropout).
       implementation: "xla" forms all scores at once; "blocked" goes over the rows of the batch and over blocks of
         queries, recomputing them in the backward pass, with the heads in independent groups: less memory, and on a
-        CPU all cores (XLA runs one batched product on a single core). "auto" takes "blocked" on a CPU where there
-        is enough work, and on other devices where the scores would pass 2 GiB.
+        CPU all cores (XLA runs one batched product on a single core); "splash" is a kernel that never holds the
+        scores (off a TPU it is interpreted, slowly). "auto" takes "splash" on a TPU where it can serve, "blocked" on a
+        CPU where there is enough work, and on other devices where the scores would pass 2 GiB.
 
     Returns:
       The attended values in the dtype of `query`, and the weights (or None).
@@ -110,144 +160,118 @@ def attend(
         )
     if num_kv_heads and num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key/value heads evenly")
+    if implementation not in get_args(Implementation):
+        known = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"unknown attention implementation {implementation!r}: expected one of {known}")
 
-    mask = combine_masks(
-        mask,
-        causal_mask(num_queries, num_keys) if causal else None,
-        length_mask(key_value_lengths, num_keys) if key_value_lengths is not None else None,
-    )
-    if mask is not None and num_keys % max(1, mask.shape[-1]):
-        raise ValueError(f"mask has shape {mask.shape}: its last axis does not divide {num_keys} keys evenly")
+    query, key, value = (constrain(array, HEADS) for array in (query, key, value))
+    whole = Mask(causal=causal)
+    if mask is not None:
+        whole &= mask
+    if key_value_lengths is not None:
+        whole &= length_mask(key_value_lengths, num_keys)
+    if whole.allowed is not None and num_keys % max(1, whole.allowed.shape[-1]):
+        raise ValueError(f"mask has shape {whole.allowed.shape}: its last axis does not divide {num_keys} keys evenly")
     factor = head_dim**-0.5 if scale is None else scale
-    dropping = dropout_rate > 0 and dropout_rng is not None
-    if implementation == "blocked" and (dropping or return_weights):
-        raise ValueError("attention weights and their dropout exist in implementation 'xla' only: ask for it or 'auto'")
-    if implementation not in ("auto", "xla", "blocked"):
-        raise ValueError(f"unknown attention implementation {implementation!r}: expected 'auto', 'xla' or 'blocked'")
+    if return_weights or (dropout_rate > 0 and dropout_rng is not None):
+        if implementation in ("blocked", "splash"):
+            raise ValueError(
+                "attention weights and their dropout exist in implementation 'xla' only: ask for it or 'auto'"
+            )
+        rng = dropout_rng if dropout_rate > 0 else None
+        allowed = whole.written_out(num_queries, num_keys)
+        return attend_plainly(query, key, value, allowed, bias, factor, dropout_rate, rng)
 
-    if dropping or return_weights:
-        return _attend_xla(query, key, value, mask, bias, factor, dropout_rate, dropout_rng if dropping else None)
-
-    def xla(query: Array, key: Array, value: Array) -> Array:
-        return _attend_xla(query, key, value, mask, bias, factor)[0]
-
-    def blocked(query: Array, key: Array, value: Array) -> Array:
-        return _attend_blocked(query, key, value, mask, bias, factor)
-
-    scores = batch * num_heads * num_queries * num_keys
-    if implementation == "xla" or scores <= _SMALL:
-        return xla(query, key, value), None
-    if implementation == "blocked" or 4 * scores > 2**31:
-        return blocked(query, key, value), None
-    # Decided when the program is lowered, so that a program compiled here for another device is right too.
-    return lax.platform_dependent(query, key, value, cpu=blocked, default=xla), None
+    fault = _splash_fault(query, key, whole, bias)
+    if implementation == "splash" and fault:
+        raise ValueError(f"attention implementation 'splash' cannot serve {fault}: ask for another or 'auto'")
+    is_small = batch * num_heads * num_queries * num_keys <= _SMALL
+    if implementation == "xla" or (is_small and implementation != "splash"):
+        return attend_plainly(query, key, value, whole.written_out(num_queries, num_keys), bias, factor)[0], None
+    choose = functools.partial(_attend_by, implementation, factor, not fault)
+    return per_device(choose, query, key, value, whole, bias), None
 
 
-def _attend_xla(
+def _attend_by(
+    implementation: Implementation,
+    scale: float,
+    splash_serves: bool,
     query: Array,
     key: Array,
     value: Array,
-    mask: Array | None,
+    mask: Mask,
     bias: Array | None,
-    scale: float,
-    dropout_rate: float = 0.0,
-    dropout_rng: Array | None = None,
-) -> tuple[Array, Array]:
-    """All scores at once: ([B T N H], weights [B N T S]).
-
-    Inside, the queries of a key/value head stand side by side, [B K T G S], and both products keep their operands as
-    they lie in memory.
-    """
-    batch, num_queries, num_heads, head_dim = query.shape
-    num_keys, num_kv_heads = key.shape[1:3]
-    group = num_heads // max(1, num_kv_heads)
-    accumulate = wide(query.dtype)
-    grouped = query.reshape(batch, num_queries, num_kv_heads, group, head_dim)
-    heads = ((0, 2), (0, 2))
-    scores = lax.dot_general(grouped, key, (((4,), (3,)), heads), preferred_element_type=accumulate) * scale
-    if bias is not None:
-        scores += _by_group(bias, group).astype(accumulate)
-    if mask is not None:
-        mask = _by_group(mask, group)
-        spread = jnp.repeat(mask, num_keys // max(1, mask.shape[-1]), axis=-1)
-        scores = jnp.where(spread, scores, jnp.finfo(accumulate).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if mask is not None:  # a row that may attend nothing has become uniform
-        weights = jnp.where(mask.any(-1, keepdims=True), weights, 0)
-    if dropout_rng is not None:
-        keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, weights.shape)
-        weights = jnp.where(keep, weights / (1 - dropout_rate), 0)
-    weights = weights.astype(query.dtype)
-    attended = lax.dot_general(weights, value, (((4,), (1,)), ((0, 1), (0, 2))), preferred_element_type=accumulate)
-    attended = attended.swapaxes(1, 2).reshape(query.shape).astype(query.dtype)
-    return attended, weights.swapaxes(2, 3).reshape(batch, num_heads, num_queries, num_keys)
-
-
-def _by_group(array: Array, group: int) -> Array:
-    """A mask or bias [#B #N #T S] as [#B #K #T #G S]."""
-    batch, num_heads, num_queries, num_keys = array.shape
-    if num_heads == 1:
-        return array[:, :, :, None]
-    return array.reshape(batch, num_heads // max(1, group), group, num_queries, num_keys).swapaxes(2, 3)
-
-
-def _attend_blocked(
-    query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None, scale: float
 ) -> Array:
-    """One row of the batch, and one block of its queries, at a time; heads in independent groups."""
+    """One of the implementations, for what one device holds."""
     batch, num_queries, num_heads, _ = query.shape
     num_keys = key.shape[1]
-    block = max(1, min(num_queries, _BLOCK_SCORES // max(1, num_heads * num_keys)))
-    num_blocks = math.ceil(num_queries / block)
-    groups = _head_groups(key.shape[2])
+    allowed = mask.written_out(num_queries, num_keys)
 
-    def take(array: Array | None, row: Array, start: Array) -> Array | None:
-        """The block of a mask or bias [#B #N #T S] that belongs to a row and to the queries from `start`."""
-        if array is None:
-            return None
-        if array.shape[0] > 1:
-            array = lax.dynamic_slice_in_dim(array, row, 1, 0)
-        if array.shape[2] > 1:
-            array = lax.dynamic_slice_in_dim(array, start, block, 2)
-        return array
+    def xla(query: Array, key: Array, value: Array) -> Array:
+        return attend_plainly(query, key, value, allowed, bias, scale)[0]
 
-    def attend_block(position: tuple[Array, Array], queries: Array) -> Array:
-        row, start = position
-        keys, values = (lax.dynamic_slice_in_dim(array, row, 1, 0) for array in (key, value))
-        row_mask, row_bias = take(mask, row, start), take(bias, row, start)
-        outs = []
-        for group in range(groups):
-            q, k, v = (_group(array, group, groups, 2) for array in (queries, keys, values))
-            m, b = (None if array is None else _group(array, group, groups, 1) for array in (row_mask, row_bias))
-            outs.append(_attend_xla(q, k, v, m, b, scale)[0])
-        return jnp.concatenate(outs, axis=2)
+    def blocked(query: Array, key: Array, value: Array) -> Array:
+        return attend_in_blocks(query, key, value, allowed, bias, scale)
 
-    attend_block = jax.checkpoint(attend_block) if num_blocks > 1 else attend_block
-    if batch * num_blocks == 1:
-        return attend_block((jnp.int32(0), jnp.int32(0)), query)
+    def on_tpu(query: Array, key: Array, value: Array) -> Array:
+        return _attend_splash(query, key, value, mask, scale)
 
-    # A last, short block is moved back rather than read past the end: its first rows are computed twice.
-    starts = [min(i * block, num_queries - block) for i in range(num_blocks)]
-    rows, offsets = (grid.ravel() for grid in jnp.meshgrid(jnp.arange(batch), jnp.array(starts), indexing="ij"))
+    def interpreted(query: Array, key: Array, value: Array) -> Array:
+        return _attend_splash(query, key, value, mask, scale, interpret=True)
 
-    def attend_at(out: Array, position: tuple[Array, Array]) -> tuple[Array, None]:
-        row, start = position
-        queries = lax.dynamic_slice(query, (row, start, 0, 0), (1, block, *query.shape[2:]))
-        return lax.dynamic_update_slice(out, attend_block(position, queries), (row, start, 0, 0)), None
-
-    # Every row of the buffer is overwritten. It starts as the query, not as zeros (as that of lax.map would), so that
-    # the buffers of all layers of an unrolled model are not made at its start and kept.
-    return lax.scan(attend_at, query, (rows, offsets))[0]
+    # Decided when the program is lowered, so that a program compiled here for another device is right too.
+    if implementation == "splash":
+        return lax.platform_dependent(query, key, value, tpu=on_tpu, default=interpreted)
+    if implementation == "blocked":
+        return blocked(query, key, value)
+    others = blocked if 4 * batch * num_heads * num_queries * num_keys > 2**31 else xla
+    if splash_serves and min(num_queries, num_keys) >= LANES:
+        return lax.platform_dependent(query, key, value, cpu=blocked, tpu=on_tpu, default=others)
+    return lax.platform_dependent(query, key, value, cpu=blocked, default=others)
 
 
-def _group(array: Array, index: int, groups: int, axis: int) -> Array:
-    """Group `index` of the heads on `axis`; an axis of one head serves all groups."""
-    if array.shape[axis] == 1 or groups == 1:
-        return array
-    size = array.shape[axis] // groups
-    return lax.slice_in_dim(array, index * size, (index + 1) * size, axis=axis)
+def _splash_fault(query: Array, key: Array, mask: Mask, bias: Array | None) -> str:
+    """What `_attend_splash` cannot serve; empty where it can."""
+    if bias is not None:
+        return "a bias"
+    if query.shape[2] > _SPLASH_HEADS:
+        return f"{query.shape[2]} heads"
+    if query.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"{query.dtype}, other than float32 and bfloat16"
+    if mask.causal and query.shape[1] != key.shape[1]:
+        return f"a causal mask of {query.shape[1]} queries and {key.shape[1]} keys"
+    if mask.allowed is None or mask.allowed.shape[1:3] == (1, 1):
+        return ""
+    if mask.allowed.shape[1] > 1:
+        return "a mask that differs between heads"
+    is_of_images = mask.allowed.shape[3] < key.shape[1] and not mask.causal and mask.segments is None
+    return "" if is_of_images else "a mask, already written out, that differs between queries"
 
 
-def _head_groups(num_kv_heads: int) -> int:
-    """How many independent products to offer the cores: the largest of 4, 3, 2, 1 that divides the heads."""
-    return next(groups for groups in (4, 3, 2, 1) if num_kv_heads % groups == 0)
+def _attend_splash(query: Array, key: Array, value: Array, mask: Mask, scale: float, interpret: bool = False) -> Array:
+    """The kernel, with the mask put as segments."""
+    run = functools.partial(splash, scale=scale, causal=mask.causal, interpret=interpret)
+    if mask.allowed is None and mask.segments is None:
+        return run(query, key, value)
+    batch, num_queries = query.shape[:2]
+    num_keys = key.shape[1]
+    if mask.allowed is not None and mask.allowed.shape[2] > 1:
+        images = jnp.broadcast_to(mask.allowed[:, 0], (batch, num_queries, mask.allowed.shape[3]))
+        seen = jnp.where(images.any(-1), images.argmax(-1), -1)
+        of_images = jnp.arange(images.shape[2]).repeat(num_keys // images.shape[2])
+        segments = Segments(seen, jnp.broadcast_to(of_images, (batch, num_keys)))
+        # A token that looks at several images is in several segments at once, which the kernel does not know. Prompts
+        # of IDEFICS' processor have none. (The checkpoint keeps what only the other branch would remember from being
+        # made in this one too.)
+        several = jax.checkpoint(lambda *arrays: attend_in_blocks(*arrays, mask.allowed, None, scale))
+        one_at_most = (images.sum(-1) <= 1).all()
+        return lax.cond(one_at_most, functools.partial(run, segments=segments), several, query, key, value)
+
+    own = jnp.zeros((batch, num_queries), jnp.int32)
+    if mask.segments is not None:
+        own = jnp.where(mask.segments == 0, -1, mask.segments)
+    of_keys = own if mask.segments is not None else jnp.zeros((batch, num_keys), jnp.int32)
+    if mask.allowed is not None:
+        keys = mask.allowed[:, 0, 0].repeat(num_keys // mask.allowed.shape[3], axis=-1)
+        of_keys = jnp.where(keys, of_keys, -1)
+    return run(query, key, value, segments=Segments(own, of_keys))

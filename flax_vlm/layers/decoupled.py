@@ -7,11 +7,12 @@ V main vocabulary   A additional tokens   D model width
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
+from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, Float, Int
 
 from flax_vlm.layers.embed import Embed
 from flax_vlm.layers.linear import Dense, Initializer, matmul, partitioned
+from flax_vlm.layers.partitioning import LOGITS, constrain
 
 
 class DecoupledEmbed(Embed):
@@ -43,6 +44,10 @@ class DecoupledEmbed(Embed):
         additional = self.additional_embedding(jnp.where(is_additional, ids - self.num_embeddings, 0))
         return jnp.where(is_additional[..., None], additional, main)
 
+    def tables(self) -> tuple[Float[Array, "_ D"], ...]:
+        """[V, D], and where there are additional tokens [A, D]."""
+        return (self.embedding, *([self.additional_embedding.embedding] if self.num_additional_embeddings else []))
+
     def attend(self, states: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         """The logits, over W = V + A tokens, of a head that is tied to these tables."""
         main = super().attend(states)
@@ -58,20 +63,22 @@ class DecoupledHead(Dense):
     num_additional_features: int = 0
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
+    def kernels(self, width: int) -> tuple[Float[Array, "D _"], ...]:
+        """[D, V], and where there are additional tokens [D, A]; D is `width`."""
         init = partitioned(self.kernel_init, self.kernel_axes)
-        kernel = self.param("kernel", init, (inputs.shape[-1], self.features), self.param_dtype)
-        states, kernel = promote_dtype(inputs, kernel, dtype=self.dtype)
-        main = matmul(states, kernel)
+        kernel = self.param("kernel", init, (width, self.features), self.param_dtype)
         if not self.num_additional_features:
-            return main
-        additional = Dense(
+            return (kernel,)
+        additional = DecoupledHead(
             self.num_additional_features,
-            use_bias=False,
             kernel_init=self.kernel_init,
             kernel_axes=(self.kernel_axes[0], None),
-            dtype=self.dtype,
             param_dtype=self.param_dtype,
             name="additional_fc",
         )
-        return jnp.concatenate([main, additional(inputs)], axis=-1)
+        return kernel, *additional.kernels(width)
+
+    def __call__(self, inputs: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
+        kernels = self.kernels(inputs.shape[-1])
+        states = inputs.astype(canonicalize_dtype(inputs, *kernels, dtype=self.dtype))
+        return jnp.concatenate([constrain(matmul(states, kernel), LOGITS) for kernel in kernels], axis=-1)

@@ -8,6 +8,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
 from flax_vlm.layers.linear import Initializer, matmul, partitioned
+from flax_vlm.layers.partitioning import LOGITS, constrain
 
 
 class Embed(nn.Module):
@@ -31,6 +32,8 @@ class Embed(nn.Module):
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         (table,) = promote_dtype(self.embedding, dtype=self.dtype)
+        # Rows are whole where they are read: of split ones the compiler would bring all of the batch to every device.
+        table = constrain(table, (self.axes[0], None))
         rows = table.at[ids].get(mode="fill", fill_value=jnp.nan)
         if self.padding_idx is None:
             return rows
@@ -39,4 +42,4 @@ class Embed(nn.Module):
     def attend(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The logits of a head that is tied to this table."""
         states, table = promote_dtype(states, self.embedding, dtype=self.dtype)
-        return matmul(states, table.T)
+        return constrain(matmul(states, table.T), LOGITS)

@@ -10,6 +10,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from flax_vlm.layers.linear import Dense, Initializer, wide
+from flax_vlm.layers.partitioning import INNER, constrain
 
 Activation: TypeAlias = Callable[[Float[Array, "*B"]], Float[Array, "*B"]]
 
@@ -78,7 +79,7 @@ class MLP(nn.Module):
             )
 
         inner = dense(self.intermediate_size, "fc1", self.fc1_init, ("embed", "mlp"))(hidden_states)
-        inner = activation(self.hidden_act)(inner)
+        inner = constrain(activation(self.hidden_act)(inner), INNER)
         return dense(hidden_states.shape[-1], "fc2", self.fc2_init, ("mlp", "embed"))(inner)
 
 
@@ -106,4 +107,5 @@ class GatedMLP(nn.Module):
 
         gate = dense(self.intermediate_size, "gate_proj", ("embed", "mlp"))(hidden_states)
         up = dense(self.intermediate_size, "up_proj", ("embed", "mlp"))(hidden_states)
-        return dense(hidden_states.shape[-1], "down_proj", ("mlp", "embed"))(activation(self.hidden_act)(gate) * up)
+        inner = constrain(activation(self.hidden_act)(gate) * up, INNER)
+        return dense(hidden_states.shape[-1], "down_proj", ("mlp", "embed"))(inner)

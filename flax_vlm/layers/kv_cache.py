@@ -26,6 +26,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_vlm.layers.attention import Mask, causal_mask
+from flax_vlm.layers.partitioning import HEADS, constrain
 
 
 class KeyValue(struct.PyTreeNode):
@@ -67,7 +68,7 @@ class KVCache(struct.PyTreeNode):
         """An empty cache of `length` slots; `num_kv_heads` names one number a layer."""
 
         def zeros(heads: int) -> Array:
-            return jnp.zeros((batch_size, length, heads, head_dim), dtype)
+            return constrain(jnp.zeros((batch_size, length, heads, head_dim), dtype), HEADS)
 
         return cls(
             layers=tuple(KeyValue(zeros(heads), zeros(heads)) for heads in num_kv_heads),

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 from flax_vlm.layers.attention import Implementation, attend
 from flax_vlm.layers.linear import Dense, Initializer, partitioned
 from flax_vlm.layers.norms import LayerNorm
+from flax_vlm.layers.partitioning import INNER, constrain
+from flax_vlm.layers.stack import Remat, run_layers
 
 
 class _Part(nn.Module):
@@ -64,7 +66,7 @@ class PerceiverMLP(_Part):
     def __call__(self, latents: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
         width = latents.shape[-1]
         normed = LayerNorm(name="ln", **self.dtypes)(latents)
-        inner = nn.relu(self.dense(4 * width, ("embed", "mlp"), "fc")(normed))
+        inner = constrain(nn.relu(self.dense(4 * width, ("embed", "mlp"), "fc")(normed)), INNER)
         return self.dense(width, ("mlp", "embed"), "c_proj")(inner)
 
 
@@ -102,6 +104,7 @@ class PerceiverResampler(_Part, kw_only=True):
     num_latents: int
     qk_layer_norms: bool
     attention_implementation: Implementation = "auto"
+    remat: Remat = "none"
 
     def setup(self) -> None:
         latents_init = partitioned(nn.initializers.normal(1.0), (None, "embed"))
@@ -122,6 +125,9 @@ class PerceiverResampler(_Part, kw_only=True):
     def __call__(self, context: Float[Array, "B P E"]) -> Float[Array, "B L E"]:
         context, latents = promote_dtype(context, self.latents, dtype=self.dtype)
         latents = jnp.broadcast_to(latents, (context.shape[0], *latents.shape))
-        for block in self.blocks:
-            latents = block(context, latents)
+
+        def body(block: PerceiverBlock, latents: Array, _: None) -> tuple[Array, None]:
+            return block(context, latents), None
+
+        latents, _ = run_layers(self.blocks, body, latents, [None] * self.depth, self.remat)
         return self.layer_norm(latents)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_vlm.layers.partitioning import HIDDEN, constrain
+
 Remat: TypeAlias = Literal["none", "full", "dots", "dots_no_batch"]
 
 _POLICIES = {
@@ -39,6 +41,7 @@ def run_layers(
     """`carry, output = body(layer, carry, inputs[i])` for every layer i.
 
     Args:
+      carry: hidden states [B, T, D].
       layers: from `make_layers`. What all layers share (masks, encoder states, flags) the body takes from its closure.
       inputs: one pytree a layer (a cache entry, a head mask ...), all of one structure; it sets the number of layers.
       remat: "none" keeps all activations for the backward pass, "full" only each layer's input, "dots" also the
@@ -50,21 +53,26 @@ def run_layers(
     Raises:
       ValueError: for an unknown `remat`.
     """
+
+    def run(layer: Any, states: Any, layer_inputs: Any) -> tuple[Any, Any]:
+        states, output = body(layer, constrain(states, HIDDEN), layer_inputs)
+        return constrain(states, HIDDEN), output
+
     if remat != "none":
         if remat not in _POLICIES:
             raise ValueError(f"unknown remat {remat!r}: expected 'none', {', '.join(map(repr, _POLICIES))}")
-        body = nn.remat(body, policy=_POLICIES[remat], prevent_cse=not isinstance(layers, nn.Module))
+        run = nn.remat(run, policy=_POLICIES[remat], prevent_cse=not isinstance(layers, nn.Module))
 
     if not isinstance(layers, nn.Module):
         outputs = []
         for layer, layer_inputs in zip(layers, inputs, strict=True):
-            carry, output = body(layer, carry, layer_inputs)
+            carry, output = run(layer, carry, layer_inputs)
             outputs.append(output)
         return carry, outputs
 
     length = len(inputs)
     scanned = nn.scan(
-        body,
+        run,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         length=length,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image, ImageOps
 
 from flax_vlm.processing.tokenizer import read_json
@@ -137,6 +137,14 @@ class ImageProcessor:
         pixels = np.array(image)
         if self.do_center_crop:
             pixels = center_crop(pixels, self.crop_size)
+        # Pixels have 256 levels: what becomes of each is worked out once, not for every pixel.
+        levels = self._normalized(np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1))
+        out = np.empty(pixels.shape, np.float32)
+        for channel in range(3):
+            np.take(levels[:, channel], pixels[..., channel], out=out[..., channel], mode="clip")
+        return out
+
+    def _normalized(self, pixels: UInt8[np.ndarray, "*B 3"]) -> Float[np.ndarray, "*B 3"]:
         if self.do_rescale:  # in float64 and rounded once, else the last bit differs
             pixels = pixels.astype(np.float64) * self.rescale_factor
         pixels = pixels.astype(np.float32)

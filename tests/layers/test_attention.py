@@ -7,8 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_vlm.layers import attention
-from flax_vlm.layers.attention import attend, causal_mask, combine_masks, length_mask, padding_mask
+from flax_vlm.layers import attention, blocked_attention
+from flax_vlm.layers.attention import (
+    Mask,
+    attend,
+    causal_mask,
+    combine_masks,
+    length_mask,
+    padding_mask,
+    segment_mask,
+)
 from tests.tolerances import FLOAT32_REORDERED, FLOAT64, assert_close
 
 B, T, S, N, K, H = 3, 7, 11, 6, 2, 5
@@ -53,7 +61,7 @@ MASKS = {"none": None} | {name: jnp.asarray(mask) for name, mask in RAW_MASKS.it
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of three queries (7 = 3 + 3 + 1), and "auto" blocks too."""
-    monkeypatch.setattr(attention, "_BLOCK_SCORES", 3 * N * S)
+    monkeypatch.setattr(blocked_attention, "_BLOCK_SCORES", 3 * N * S)
     monkeypatch.setattr(attention, "_SMALL", 0)
 
 
@@ -97,6 +105,22 @@ def test_gradients_agree_and_are_finite(mask: str, x64: None) -> None:
         assert_close(one, other, FLOAT64)
 
 
+def test_gradients_of_a_bias_and_of_shared_heads(x64: None) -> None:
+    bias = jnp.asarray(RNG.standard_normal((1, N, T, S)))
+
+    def gradients(implementation: Any, *biases: jax.Array) -> Any:
+        def total(query: jax.Array, key: jax.Array, value: jax.Array, *biases: jax.Array) -> jax.Array:
+            how = {"bias": biases[0] if biases else None, "causal": not biases, "implementation": implementation}
+            out, _ = attend(query, key, value, **how)
+            return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum()
+
+        return jax.grad(total, argnums=tuple(range(3 + len(biases))))(*arrays(heads=2), *biases)
+
+    for biases in ([], [bias]):
+        for one, other in zip(gradients("blocked", *biases), gradients("xla", *biases), strict=True):
+            assert_close(one, other, FLOAT64)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_nan_where_nothing_may_be_attended(dtype: str, implementation: Any) -> None:
@@ -132,13 +156,33 @@ def test_auto_blocks_on_a_cpu_and_is_decided_when_lowered() -> None:
 
 
 def test_mask_builders() -> None:
-    assert causal_mask(2, 4, 1).tolist() == [[[[True, True, False, False], [True, True, True, False]]]]
-    assert padding_mask(jnp.asarray([[1, 0], [1, 1]])).tolist() == [[[[True, False]]], [[[True, True]]]]
-    assert padding_mask(jnp.ones((2, 3, 4))).shape == (2, 1, 3, 4)
-    assert length_mask(jnp.asarray([0, 2]), 3).tolist() == [[[[False] * 3]], [[[True, True, False]]]]
-    assert combine_masks(None, None) is None
+    def written(mask: Mask | None, num_queries: int, num_keys: int) -> Any:
+        assert mask is not None
+        allowed = mask.written_out(num_queries, num_keys)
+        assert allowed is not None
+        return allowed.astype(int).tolist()
+
+    assert written(causal_mask(2, 4, 1), 2, 4) == [[[[1, 1, 0, 0], [1, 1, 1, 0]]]]
+    assert written(causal_mask(2, 3), 2, 3) == [[[[1, 0, 0], [1, 1, 0]]]]
+    assert written(padding_mask(jnp.asarray([[1, 0], [1, 1]])), 2, 2) == [[[[1, 0]]], [[[1, 1]]]]
+    assert written(padding_mask(jnp.ones((2, 3, 4))), 3, 4) == [[[[1] * 4] * 3]] * 2
+    assert written(length_mask(jnp.asarray([0, 2]), 3), 1, 3) == [[[[0] * 3]], [[[1, 1, 0]]]]
+    packed = segment_mask(jnp.asarray([[1, 1, 2, 0]]))
+    assert written(packed, 4, 4) == [[[[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0] * 4]]]
+    assert combine_masks(None, None) is None and Mask().written_out(2, 2) is None
     with pytest.raises(ValueError, match=r"shape \(2,\): expected \[batch, keys\]"):
         padding_mask(jnp.ones(2))
+
+
+def test_masks_join_with_each_other_and_with_arrays() -> None:
+    array = RNG.random((2, 1, 1, 4)) < 0.6
+    first, second = jnp.asarray([[1, 1, 1, 2], [1, 1, 2, 2]]), jnp.asarray([[1, 2, 2, 2], [3, 3, 3, 0]])
+    joined = jnp.asarray(array) & segment_mask(first) & causal_mask(4, 4) & segment_mask(second)
+    expected = array & np.tri(4, dtype=bool)
+    for ids in (np.asarray(first), np.asarray(second)):
+        expected = expected & ((ids[:, :, None] == ids[:, None]) & (ids != 0)[:, :, None])[:, None]
+    assert joined.causal and joined.segments is not None
+    np.testing.assert_array_equal(joined.written_out(4, 4), expected)
 
 
 def test_what_cannot_be_is_refused(unchecked_types: None) -> None:

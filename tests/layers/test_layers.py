@@ -131,7 +131,8 @@ def test_cache_contract() -> None:
     assert [layer.key.shape for layer in cache.layers] == [(2, 5, 3, 4), (2, 5, 1, 4)]
     left_padded = jnp.asarray([[False, True, True], [True, True, True]])
     cache = cache.admit(left_padded)
-    assert cache.mask(3)[0, 0].astype(int).tolist() == [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]]
+    mask = cache.mask(3).written_out(3, 5)
+    assert mask[0, 0].astype(int).tolist() == [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]]
     written = [
         layer.write(*(jnp.ones((2, 3, *layer.key.shape[2:])) * value for value in (2, 3)), cache.index)
         for layer in cache.layers
@@ -141,7 +142,7 @@ def test_cache_contract() -> None:
     assert cache.layers[0].key[0, :, 0, 0].tolist() == [2, 2, 2, 0, 0]
     assert cache.layers[1].value[1, :, 0, 0].tolist() == [3, 3, 3, 0, 0]
     cache = cache.admit(jnp.ones((2, 2), bool))
-    assert cache.mask(2)[1, 0].astype(int).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert cache.mask(2).written_out(2, 5)[1, 0].astype(int).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     with pytest.raises(ValueError, match="5 slots, 3 of them used: 3 new tokens do not fit"):
         cache.admit(jnp.ones((2, 3), bool))
 

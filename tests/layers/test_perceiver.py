@@ -10,9 +10,10 @@ from flax import linen as nn
 from flax_vlm.layers.param_tree import flatten_params
 from flax_vlm.layers.perceiver import PerceiverResampler
 from tests.compiling import jitted
-from tests.tolerances import FLOAT64, assert_close
+from tests.tolerances import FLOAT64, assert_close, assert_gradients_close
 
 L, E = 5, 12
+RECOMPUTED = {"none": 0, "full": 2}  # blocks
 CONTEXT = np.random.default_rng(0).standard_normal((3, 8, E))
 
 
@@ -49,3 +50,16 @@ def test_norms_of_queries_and_keys_are_optional(x64: None) -> None:
     layer, params = resampler()
     one, other = (jitted(layer.apply)(params, scale * jnp.asarray(CONTEXT)) for scale in (1, 1000))
     assert_close(other, one, 1e-4)  # what is normed has no scale, but for epsilon
+
+
+def test_recomputation_changes_no_gradient(x64: None) -> None:
+    layer, params = resampler()
+
+    def gradients(remat: str) -> dict[str, Any]:
+        def total(params: Any) -> jax.Array:
+            return (layer.clone(remat=remat).apply(params, jnp.asarray(CONTEXT)) ** 2).sum()
+
+        assert sum("remat" in str(step.primitive) for step in jax.make_jaxpr(total)(params).eqns) == RECOMPUTED[remat]
+        return flatten_params(jitted(jax.grad(total))(params))
+
+    assert_gradients_close(gradients("full"), gradients("none"))

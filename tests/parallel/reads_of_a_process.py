@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flax_vlm.convert.torch_files import TorchFiles
 from flax_vlm.layers.param_tree import flatten_params
 from flax_vlm.models.abstract import abstract_params
 
+RULES = replace(parallel.FSDP_TENSOR, replicate_below=0)  # nothing here is large
 MESHES = {"fsdp": {"data": 1, "fsdp": 8}, "fsdp and tensor": {"data": 1, "fsdp": 4, "tensor": 2}, "data": {"data": 8}}
 
 
@@ -25,7 +27,9 @@ def unique_shards(leaf: jax.Array) -> dict[str, Any]:
     return {str(shard.index): shard for shard in leaf.addressable_shards}
 
 
-def read_what_is_held(folder: Path, files: type, sizes: dict[str, int]) -> tuple[int, dict[str, jax.Array]]:
+def read_what_is_held(
+    folder: Path, files: type, sizes: dict[str, int], rules: parallel.Rules = parallel.FSDP_TENSOR
+) -> tuple[int, dict[str, jax.Array]]:
     """Loads a checkpoint onto a mesh; how many bytes were read, and the parameters."""
     asked: dict[str, list[tuple[Any, ...]]] = {}
     from_files = Counter()
@@ -46,7 +50,7 @@ def read_what_is_held(folder: Path, files: type, sizes: dict[str, int]) -> tuple
         return array
 
     parallel.place, files.read = spy_place, spy_read
-    vlm = flax_vlm.from_pretrained(folder, mesh=parallel.make_mesh(**sizes))
+    vlm = flax_vlm.from_pretrained(folder, mesh=parallel.make_mesh(**sizes), rules=rules)
     parallel.place, files.read = place, read
 
     held, split_axes = 0, set()
@@ -66,12 +70,12 @@ def read_what_is_held(folder: Path, files: type, sizes: dict[str, int]) -> tuple
 def restore_with_orbax(folder: Path, sizes: dict[str, int]) -> None:
     """Stock Orbax puts a converted checkpoint on the mesh, and it is what from_pretrained puts there."""
     mesh = parallel.make_mesh(**sizes)
-    expected = flax_vlm.from_pretrained(folder, mesh=mesh)
+    expected = flax_vlm.from_pretrained(folder, mesh=mesh, rules=RULES)
     boxed = abstract_params(expected.model)
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.meta.unbox(boxed),
-        parallel.shardings(boxed, mesh),
+        parallel.shardings(boxed, mesh, RULES),
     )
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(folder / checkpoint.PARAMS, target)
@@ -91,10 +95,11 @@ def main(folder: Path, processes: int, process: int, address: str) -> None:
     assert len(jax.devices()) == 8 and len(jax.local_devices()) == 8 // processes
     for name, sizes in MESHES.items():
         for layout, files in (("hf", TorchFiles), ("native", ArrayFiles)):
-            held, params = read_what_is_held(folder / layout, files, sizes)
+            held, params = read_what_is_held(folder / layout, files, sizes, RULES)
             whole = sum(leaf.nbytes for leaf in params.values())
             assert (held < whole) == (processes > 1 and "fsdp" in sizes), f"{held} of {whole} bytes"
             print(f"{name}, {layout}: {held / whole:.2f}")
+    read_what_is_held(folder / "idefics", TorchFiles, MESHES["fsdp and tensor"], RULES)
     if processes == 1:
         restore_with_orbax(folder / "native", MESHES["fsdp and tensor"])
         print("restored")

@@ -1,11 +1,6 @@
 """Arrays onto devices: each slice is read once, in one process and in several; other meshes are tested beside."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -14,9 +9,10 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from flax_vlm import convert, parallel
+from tests.convert import test_idefics_files
 from tests.convert.test_port import write_hf
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.parallel.processes import free_address, run
+from tests.parity import idefics_cases
 
 
 def test_arrays_on_one_device() -> None:
@@ -62,21 +58,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     write_hf(folder / "hf")
     convert.to_flax(folder / "hf", folder / "native")
+    test_idefics_files.write_hf(folder / "idefics", idefics_cases.RESAMPLED)
     return folder
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_process_reads_what_its_devices_hold(processes: int, folder: Path) -> None:
-    script = ROOT / "tests" / "parallel" / "reads_of_a_process.py"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    commands = [[sys.executable, script, folder, str(processes), str(i), address] for i in range(processes)]
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    running = [subprocess.Popen(command, **options) for command in commands]
-    for process in running:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-4000:]
+    address = free_address()
+    for out in run("reads_of_a_process.py", *([folder, processes, i, address] for i in range(processes))):
         assert "fsdp, native" in out and "data, native" in out
         assert ("restored" in out) == (processes == 1)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from safetensors.flax import load_file
 
@@ -24,6 +23,7 @@ from flax_vlm.layers.stack import stack_params
 from flax_vlm.models.abstract import abstract_params
 from flax_vlm.models.glm4v import GLM4VConfig, GLM4VVisionConfig, vision
 from flax_vlm.models.glm4v.vision import EVA2CLIPLayer, EVA2CLIPModel
+from flax_vlm.parallel import aot
 from tests.compiling import jitted
 from tests.tolerances import BFLOAT16_RATIO_DECODER, FLOAT32, FLOAT64, assert_close, assert_gradients_close, error
 
@@ -314,6 +314,6 @@ def test_the_released_tower_never_holds_all_scores() -> None:
 @pytest.mark.slow
 def test_the_released_tower_fits_a_tpu() -> None:
     """One v5e has 16 GB, of which the weights take 9.0 GB. The compiler is asked; there need be no TPU."""
-    (device, *_) = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    (device, *_) = aot.devices("v5e:2x2")
     tower = EVA2CLIPModel(RELEASED, jnp.bfloat16, jnp.bfloat16, scan_layers=True)
     assert temporary_memory(tower, 1, 1120, 1120, 3, device=device) < 0.4e9  # 0.374e9 was measured

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from flax_vlm.layers.linear import Dense, wide
+from flax_vlm.layers.linear import Dense, partitioned, wide
 from flax_vlm.layers.norms import LayerNorm
 from flax_vlm.models.altclip.config import AltCLIPConfig, AltCLIPTextConfig, AltCLIPVisionConfig
 from flax_vlm.models.altclip.roberta import AltRobertaModel
@@ -104,7 +104,7 @@ class AltCLIPModel(Tower):
 
         self.text_projection = projection(config.text_config.project_dim)
         self.visual_projection = projection(config.vision_config.hidden_size)
-        scale_init = nn.initializers.constant(config.logit_scale_init_value)
+        scale_init = partitioned(nn.initializers.constant(config.logit_scale_init_value), ())
         self.logit_scale = self.param("logit_scale", scale_init, (), self.param_dtype)
 
     @nn.nowrap

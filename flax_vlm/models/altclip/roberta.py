@@ -120,7 +120,7 @@ class AltRobertaPooler(RobertaBlock):
     """`tanh(dense(first token))`."""
 
     def setup(self) -> None:
-        self.dense = self._dense(self.config.hidden_size, ("embed", "embed_out"))
+        self.dense = self._dense(self.config.hidden_size, ("embed", "project"))
 
     def __call__(self, hidden_states: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         return jnp.tanh(self.dense(hidden_states[:, 0]))

@@ -19,6 +19,7 @@ from flax_vlm.layers.feed_forward import activation
 from flax_vlm.layers.kv_cache import KeyValue
 from flax_vlm.layers.linear import Dense
 from flax_vlm.layers.norms import LayerNorm
+from flax_vlm.layers.partitioning import INNER, constrain
 from flax_vlm.models.altclip.config import AltCLIPTextConfig
 from flax_vlm.models.base import Block
 
@@ -77,7 +78,7 @@ class AltRobertaSelfAttention(RobertaBlock, kw_only=True):
                 rows,
                 self.config.head_dim,
                 embedding_init=nn.initializers.normal(self.config.initializer_range),
-                axes=(None, None),
+                axes=(None, "head_dim"),
                 **self.dtypes,
             )
 
@@ -183,7 +184,7 @@ class AltRobertaIntermediate(RobertaBlock):
     @nn.compact
     def __call__(self, hidden_states: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         dense = self._dense(self.config.intermediate_size, ("embed", "mlp")).copy(name="dense")
-        return activation(self.config.hidden_act)(dense(hidden_states))
+        return constrain(activation(self.config.hidden_act)(dense(hidden_states)), INNER)
 
 
 class AltRobertaLayer(RobertaBlock, kw_only=True):

@@ -9,29 +9,21 @@ B batch   T tokens   S keys (T, or the slots of a cache)   D hidden_size   N hea
 from typing import Any
 
 from flax import linen as nn
-from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from flax_vlm.layers.attention import Mask, attend
+from flax_vlm.layers.attention import attend
 from flax_vlm.layers.feed_forward import GatedMLP
 from flax_vlm.layers.kv_cache import KeyValue, KVCache
 from flax_vlm.layers.linear import Dense
 from flax_vlm.layers.norms import RMSNorm
-from flax_vlm.layers.rotary import Rotation, rotate_interleaved
+from flax_vlm.layers.rotary import rotate_interleaved
 from flax_vlm.layers.stack import make_layers, run_layers
 from flax_vlm.models.base import Block, Tower
+from flax_vlm.models.decoder import Context, DecoderLayer
 from flax_vlm.models.glm4v.config import GLM4VConfig
 from flax_vlm.models.outputs import LayerOutput
 
 normal = nn.initializers.normal
-
-
-class Context(struct.PyTreeNode):
-    """What all layers of a call share."""
-
-    mask: Mask
-    rotation: Rotation
-    index: int | Int[Array, ""] = 0
 
 
 class ChatGLMAttention(Block):
@@ -87,8 +79,8 @@ class ChatGLMAttention(Block):
         return dense(attended.reshape(*attended.shape[:2], -1)), weights, keys
 
 
-class ChatGLMBlock(Block):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+class ChatGLMBlock(DecoderLayer):
+    """A layer of ChatGLM4."""
 
     config: GLM4VConfig
 
@@ -100,26 +92,9 @@ class ChatGLMBlock(Block):
         self.mlp = GatedMLP(config.ffn_hidden_size, "silu", kernel_init=normal(config.initializer_range), **self.dtypes)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def __call__(
-        self,
-        hidden_states: Float[Array, "B T D"],
-        cache: KeyValue | None,
-        context: Context,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], LayerOutput]:
-        attended, weights, keys = self.self_attention(
-            self.input_layernorm(hidden_states), cache, context, output_attentions, deterministic
-        )
-        hidden_states += self.dropout(attended, deterministic)
-        inner = self.mlp(self.post_attention_layernorm(hidden_states))
-        hidden_states += self.dropout(inner, deterministic)
-        return hidden_states, LayerOutput(
-            hidden_states=hidden_states if output_hidden_states else None,
-            attentions=weights,
-            cache=None if cache is None else keys,
-        )
+    @property
+    def attention(self) -> ChatGLMAttention:
+        return self.self_attention
 
 
 class ChatGLMTransformer(Tower):

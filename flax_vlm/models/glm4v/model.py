@@ -19,15 +19,18 @@ from flax.typing import Dtype
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from flax_vlm.layers.attention import Mask, causal_mask, padding_mask
+from flax_vlm.layers.attention import Mask, causal_mask, padding_mask, segment_mask
+from flax_vlm.layers.decoupled import DecoupledHead
 from flax_vlm.layers.embed import Embed
 from flax_vlm.layers.kv_cache import KVCache
-from flax_vlm.layers.linear import Dense
-from flax_vlm.layers.losses import IGNORED, next_token_loss
+from flax_vlm.layers.losses import IGNORED, mean_loss, next_token_sums, next_token_sums_in_chunks
+from flax_vlm.layers.partitioning import ROWS, constrain
 from flax_vlm.layers.rotary import rotation
+from flax_vlm.layers.segments import check_segments, count_positions
 from flax_vlm.models.base import Block, Tower
+from flax_vlm.models.decoder import Context
 from flax_vlm.models.glm4v.config import GLM4VConfig
-from flax_vlm.models.glm4v.decoder import ChatGLMTransformer, Context
+from flax_vlm.models.glm4v.decoder import ChatGLMTransformer
 from flax_vlm.models.glm4v.splice import Slots, check_pictures, splice
 from flax_vlm.models.glm4v.vision import EVA2CLIPModel
 from flax_vlm.models.outputs import states_to_keep
@@ -38,6 +41,7 @@ class GLM4VOutput(struct.PyTreeNode):
 
     Attributes:
       attention_mask: which slots hold a token or a patch.
+      segment_ids: of the slots, where the ids came with them.
       slots: what each slot holds, where pictures came; None where slots are the ids'.
       image_hidden_states: the pictures as they stand among the words.
       hidden_states: the first entry is the embedding output, the last that of the last layer, before the final norm.
@@ -45,6 +49,7 @@ class GLM4VOutput(struct.PyTreeNode):
 
     last_hidden_state: Float[Array, "B S D"]
     attention_mask: Bool[Array, "B S"]
+    segment_ids: Int[Array, "B S"] | None = None
     slots: Slots | None = None
     image_hidden_states: Float[Array, "B I P D"] | None = None
     hidden_states: tuple[Float[Array, "B S D"], ...] | None = None
@@ -53,10 +58,11 @@ class GLM4VOutput(struct.PyTreeNode):
 
 
 class GLM4VCausalLMOutput(struct.PyTreeNode):
-    """Logits, and what `GLM4VOutput` holds."""
+    """Logits, and what `GLM4VOutput` holds. `loss` is the mean over the `loss_weight` tokens that count."""
 
-    logits: Float[Array, "B S V"]
+    logits: Float[Array, "B S V"] | None = None
     loss: Float[Array, ""] | None = None
+    loss_weight: Float[Array, ""] | None = None
     slots: Slots | None = None
     image_hidden_states: Float[Array, "B I P D"] | None = None
     hidden_states: tuple[Float[Array, "B S D"], ...] | None = None
@@ -114,6 +120,7 @@ class GLM4VModel(Tower):
         inputs_embeds: Float[Array, "B L D"] | None = None,
         *,
         images: Float[Array, "B *I height width C"] | None = None,
+        segment_ids: Int[Array, "B L"] | None = None,
         cache: KVCache | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -123,11 +130,12 @@ class GLM4VModel(Tower):
         Args:
           attention_mask: nonzero = a token, zero = padding; all tokens when absent. With a cache it speaks of the new
             tokens (the cache remembers the others).
-          position_ids: of the ids, of which a picture's patches share one; counted over the tokens that are no padding
-            when absent.
+          position_ids: of the ids, of which a picture's patches share one; counted over the tokens that are no padding,
+            in each segment anew, when absent.
           inputs_embeds: what stands in the slots, pictures included; mask and positions are then those of the slots.
           images: [B, height, width, C], or several a row, [B, I, height, width, C]; channels-last. Each stands where
             the ids begin, placeholder, end are, in their order; a row that names fewer leaves its last ones unused.
+          segment_ids: the document of each id, where a row holds several: 1, 2 ..., and 0 for padding.
 
         Raises:
           ValueError: for arguments that do not belong together, and for positions from `seq_length` on. Under jit the
@@ -145,9 +153,12 @@ class GLM4VModel(Tower):
             raise ValueError(
                 f"attention_mask has shape {is_token.shape}: expected {tokens}, with a cache of the new tokens only"
             )
+        if segment_ids is not None:
+            check_segments(segment_ids, tokens, cache is not None)
+            is_token &= segment_ids != 0
         past = jnp.zeros(tokens[:1], jnp.int32) if cache is None else cache.next_position
         if position_ids is None:
-            position_ids = jnp.where(is_token, past[:, None] + is_token.cumsum(-1) - 1, 0)
+            position_ids = jnp.where(is_token, past[:, None] + count_positions(is_token, segment_ids), 0)
         position_ids = jnp.broadcast_to(position_ids, tokens)
         self._check_positions(position_ids)
         next_position = jnp.maximum(past, jnp.where(is_token, position_ids + 1, 0).max(-1, initial=0))
@@ -158,9 +169,11 @@ class GLM4VModel(Tower):
             embedded, slots = self._put(vectors, embedded, input_ids, is_token)
             position_ids = slots.spread(position_ids)
             is_token = slots.spread(is_token) & slots.is_there
+            segment_ids = None if segment_ids is None else slots.spread(segment_ids)
 
         length = embedded.shape[1]
-        mask: Mask = padding_mask(is_token) & causal_mask(length, length)
+        own = padding_mask(is_token) if segment_ids is None else segment_mask(jnp.where(is_token, segment_ids, 0))
+        mask: Mask = own & causal_mask(length, length)
         if cache is not None:
             cache = cache.admit(is_token)
             mask = cache.mask(length)
@@ -176,6 +189,7 @@ class GLM4VModel(Tower):
         return GLM4VOutput(
             last_hidden_state=states,
             attention_mask=is_token,
+            segment_ids=segment_ids,
             slots=slots,
             image_hidden_states=vectors,
             hidden_states=(embedded, *(output.hidden_states for output in outputs)) if output_hidden_states else None,
@@ -207,8 +221,8 @@ class GLM4VModel(Tower):
         if not isinstance(input_ids, Tracer) and not isinstance(is_token, Tracer):
             number = 1 if images.ndim == 4 else images.shape[1]
             check_pictures(np.asarray(input_ids), np.asarray(is_token), *config.picture_ids, number)
-        vectors = self.vision(images.reshape(-1, *images.shape[-3:]), deterministic)
-        return vectors.reshape(batch, -1, *vectors.shape[1:])
+        vectors = self.vision(constrain(images.reshape(-1, *images.shape[-3:]), ROWS), deterministic)
+        return constrain(vectors.reshape(batch, -1, *vectors.shape[1:]), ROWS)
 
     def _put(
         self, vectors: Array, words: Array, input_ids: Array, is_token: Array
@@ -232,9 +246,8 @@ class GLM4VForConditionalGeneration(Tower):
     def setup(self) -> None:
         config = self.config
         self.transformer = GLM4VModel(config, **self.run_stack)
-        self.output_layer = Dense(
+        self.output_layer = DecoupledHead(
             config.padded_vocab_size,
-            use_bias=False,
             kernel_init=nn.initializers.normal(config.initializer_range),
             kernel_axes=("embed", "vocab"),
             **self.dtypes,
@@ -276,6 +289,7 @@ class GLM4VForConditionalGeneration(Tower):
         inputs_embeds: Float[Array, "B L D"] | None = None,
         *,
         labels: Int[Array, "B L"] | None = None,
+        vocab_chunk: int = 0,
         logits_to_keep: int | Int[Array, " K"] = 0,
         **inputs: Any,
     ) -> GLM4VCausalLMOutput:
@@ -283,6 +297,7 @@ class GLM4VForConditionalGeneration(Tower):
         Args:
           labels: the ids again, -100 where a token does not count; gives `loss`. Patches, padding, and what would be
             said by padding never count.
+          vocab_chunk: compute the loss over so many words at a time, and no logits; 0 for all at once.
           logits_to_keep: 0 for all logits, k for those of the last k slots, an array for those at its indices.
           inputs: further ones of `GLM4VModel`.
 
@@ -291,18 +306,28 @@ class GLM4VForConditionalGeneration(Tower):
         """
         output = self.transformer(input_ids, attention_mask, position_ids, inputs_embeds, **inputs)
         states = states_to_keep(output.last_hidden_state, logits_to_keep)
-        logits = self.output_layer(states)
-        loss = None
+        expected = None
         if labels is not None:
             given = (input_ids if input_ids is not None else states).shape[:2]
-            if labels.shape != given or logits.shape[1] != output.last_hidden_state.shape[1]:
+            if labels.shape != given or states.shape != output.last_hidden_state.shape:
                 raise ValueError(f"labels have shape {labels.shape}: expected {given} as the ids, and all logits kept")
             spread = labels if output.slots is None else output.slots.labels(labels)
             behind_padding = jnp.pad(~output.attention_mask[:, :-1], ((0, 0), (1, 0)))
-            loss = next_token_loss(logits, jnp.where(behind_padding, IGNORED, spread), output.attention_mask)
+            expected = (jnp.where(behind_padding, IGNORED, spread), output.attention_mask, output.segment_ids)
+        logits = sums = None
+        if vocab_chunk:
+            if expected is None:
+                raise ValueError("vocab_chunk came without labels: it is the loss that is computed in chunks")
+            kernels = self.output_layer.kernels(states.shape[-1])
+            sums = next_token_sums_in_chunks(states, kernels, *expected, chunk=vocab_chunk)
+        else:
+            logits = self.output_layer(states)
+            if expected is not None:
+                sums = next_token_sums(logits, *expected)
         return GLM4VCausalLMOutput(
             logits=logits,
-            loss=loss,
+            loss=mean_loss(*sums) if sums else None,
+            loss_weight=sums[1] if sums else None,
             slots=output.slots,
             image_hidden_states=output.image_hidden_states,
             hidden_states=output.hidden_states,

@@ -16,6 +16,7 @@ from flax_vlm.layers.attention import attend
 from flax_vlm.layers.feed_forward import MLP, activation
 from flax_vlm.layers.linear import Dense, partitioned
 from flax_vlm.layers.norms import LayerNorm
+from flax_vlm.layers.partitioning import INNER, constrain
 from flax_vlm.layers.patch_embed import PatchConv, check_images
 from flax_vlm.layers.stack import make_layers, run_layers
 from flax_vlm.models.base import Block, Tower
@@ -120,9 +121,8 @@ class GLU(Block):
         hidden_states = LayerNorm(1e-5, name="norm1", **self.dtypes)(hidden_states)  # not the tower's layer_norm_eps
         hidden_states = activation("gelu")(hidden_states)
         gate = activation("silu")(dense("gate_proj", inner, ("embed", "mlp"))(hidden_states))
-        return dense("dense_4h_to_h", width, ("mlp", "embed"))(
-            gate * dense("dense_h_to_4h", inner, ("embed", "mlp"))(hidden_states)
-        )
+        gated = constrain(gate * dense("dense_h_to_4h", inner, ("embed", "mlp"))(hidden_states), INNER)
+        return dense("dense_4h_to_h", width, ("mlp", "embed"))(gated)
 
 
 class EVA2CLIPModel(Tower):

@@ -9,28 +9,27 @@ from collections.abc import Sequence
 
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from flax_vlm.layers.attention import Mask, attend
+from flax_vlm.layers.attention import attend
 from flax_vlm.layers.feed_forward import GatedMLP
 from flax_vlm.layers.gated_cross_attention import GatedCrossAttention, alpha_init
 from flax_vlm.layers.kv_cache import KeyValue
 from flax_vlm.layers.linear import Dense
 from flax_vlm.layers.norms import RMSNorm
-from flax_vlm.layers.rotary import Rotation, rotate
+from flax_vlm.layers.rotary import rotate
+from flax_vlm.models import decoder
 from flax_vlm.models.base import Block, Tower
+from flax_vlm.models.decoder import DecoderLayer
 from flax_vlm.models.idefics.config import IdeficsConfig
 from flax_vlm.models.outputs import LayerOutput
 
 normal = nn.initializers.normal
 
 
-class Context(struct.PyTreeNode):
-    """What all layers of a call share."""
+class Context(decoder.Context):
+    """What all layers of a call share, the images among it."""
 
-    mask: Mask
-    rotation: Rotation
-    index: int | Int[Array, ""] = 0
     image_states: Float[Array, "B S E"] | None = None
     may_see: Bool[Array, "B T I"] | None = None
 
@@ -86,8 +85,8 @@ class IdeficsAttention(Block):
         return dense("o", ("heads", "embed"))(attended.reshape(hidden_states.shape)), weights, keys
 
 
-class IdeficsDecoderLayer(Block):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+class IdeficsDecoderLayer(DecoderLayer):
+    """A layer of LLaMA."""
 
     config: IdeficsConfig
 
@@ -101,26 +100,9 @@ class IdeficsDecoderLayer(Block):
         self.post_attention_layernorm = RMSNorm(config.rms_norm_eps, **self.dtypes)
         self.dropout = nn.Dropout(config.dropout)
 
-    def __call__(
-        self,
-        hidden_states: Float[Array, "B T D"],
-        cache: KeyValue | None,
-        context: Context,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], LayerOutput]:
-        attended, weights, keys = self.self_attn(
-            self.input_layernorm(hidden_states), cache, context, output_attentions, deterministic
-        )
-        hidden_states += self.dropout(attended, deterministic)
-        inner = self.mlp(self.post_attention_layernorm(hidden_states))
-        hidden_states += self.dropout(inner, deterministic)
-        return hidden_states, LayerOutput(
-            hidden_states=hidden_states if output_hidden_states else None,
-            attentions=weights,
-            cache=None if cache is None else keys,
-        )
+    @property
+    def attention(self) -> IdeficsAttention:
+        return self.self_attn
 
 
 def cross_layer(part: Block) -> GatedCrossAttention:

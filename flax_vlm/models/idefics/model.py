@@ -14,14 +14,16 @@ from flax import struct
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from flax_vlm.layers.attention import Mask, causal_mask, padding_mask
+from flax_vlm.layers.attention import Mask, causal_mask, padding_mask, segment_mask
 from flax_vlm.layers.decoupled import DecoupledEmbed, DecoupledHead
 from flax_vlm.layers.kv_cache import KeyValue, KVCache
-from flax_vlm.layers.losses import next_token_loss
+from flax_vlm.layers.losses import mean_loss, next_token_sums, next_token_sums_in_chunks
 from flax_vlm.layers.norms import RMSNorm
+from flax_vlm.layers.partitioning import ROWS, constrain
 from flax_vlm.layers.patch_embed import padded_scale
 from flax_vlm.layers.perceiver import PerceiverResampler
 from flax_vlm.layers.rotary import rotation
+from flax_vlm.layers.segments import check_segments, count_positions
 from flax_vlm.layers.stack import run_layers
 from flax_vlm.models.base import Tower
 from flax_vlm.models.clip_vision import CLIPVisionTransformer
@@ -51,10 +53,14 @@ class IdeficsOutput(struct.PyTreeNode):
 
 
 class IdeficsCausalLMOutput(struct.PyTreeNode):
-    """Logits over vocabulary and additional tokens, and what `IdeficsOutput` holds."""
+    """Logits over vocabulary and additional tokens, and what `IdeficsOutput` holds.
 
-    logits: Float[Array, "B T W"]
+    `loss` is the mean over the `loss_weight` tokens that count.
+    """
+
+    logits: Float[Array, "B T W"] | None = None
     loss: Float[Array, ""] | None = None
+    loss_weight: Float[Array, ""] | None = None
     image_hidden_states: Float[Array, "B I P E"] | None = None
     hidden_states: tuple[Float[Array, "B T D"], ...] | None = None
     attentions: tuple[Float[Array, "B N T S"], ...] | None = None
@@ -83,6 +89,7 @@ class IdeficsPerceiverResampler(Tower):
             num_latents=sizes.resampler_n_latents,
             qk_layer_norms=sizes.qk_layer_norms_perceiver,
             kernel_init=nn.initializers.normal(self.config.initializer_range),
+            remat=self.remat,
             **self.run,
         )
         nn.share_scope(self, self.resampler)  # its parameters are ours, without a name between
@@ -165,6 +172,7 @@ class IdeficsModel(Tower):
         image_encoder_embeddings: Float[Array, "B I P E"] | None = None,
         perceiver_embeddings: Float[Array, "B I L E"] | None = None,
         image_attention_mask: Num[Array, "B T I"] | Bool[Array, "B T I"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
         interpolate_pos_encoding: bool = False,
         cache: KVCache | None = None,
         output_hidden_states: bool = False,
@@ -175,10 +183,11 @@ class IdeficsModel(Tower):
         Args:
           attention_mask: nonzero = a token, zero = padding; all tokens when absent. With a cache it speaks of the new
             tokens (the cache remembers the others).
-          position_ids: counted over the tokens that are no padding when absent.
+          position_ids: counted over the tokens that are no padding, in each segment anew, when absent.
           pixel_values: channels-last.
           image_attention_mask: nonzero = token t looks at image i. With a cache that has images, tokens look at what
             the last token before them looked at when it is absent.
+          segment_ids: the document of each token, where a row holds several: 1, 2 ..., and 0 for padding.
 
         Raises:
           ValueError: for arguments that do not belong together.
@@ -196,15 +205,19 @@ class IdeficsModel(Tower):
             raise ValueError(
                 f"attention_mask has shape {is_token.shape}: expected {tokens}, with a cache of the new tokens only"
             )
+        if segment_ids is not None:
+            check_segments(segment_ids, tokens, cache is not None)
+            is_token &= segment_ids != 0
         past = 0 if cache is None else cache.may_attend.sum(-1, keepdims=True)
         if position_ids is None:
-            position_ids = jnp.where(is_token, past + is_token.cumsum(-1) - 1, 1)
+            position_ids = jnp.where(is_token, past + count_positions(is_token, segment_ids), 1)
         images = self._images(
             batch, pixel_values, image_encoder_embeddings, perceiver_embeddings, interpolate_pos_encoding, deterministic
         )
         may_see = self._may_see(images, image_attention_mask, cache, tokens)
 
-        mask: Mask = padding_mask(is_token) & causal_mask(length, length)
+        own = padding_mask(is_token) if segment_ids is None else segment_mask(jnp.where(is_token, segment_ids, 0))
+        mask: Mask = own & causal_mask(length, length)
         if cache is not None:
             cache = cache.admit(is_token)
             mask = cache.mask(length)
@@ -299,12 +312,12 @@ class IdeficsModel(Tower):
             if not self.config.use_resampler:
                 raise ValueError("If `perceiver_embeddings` are passed, use_resampler should be True")
             return images.astype(self.dtype)
-        states = images.reshape(batch * number, *images.shape[2:]).astype(self.dtype)
+        states = constrain(images.reshape(batch * number, *images.shape[2:]).astype(self.dtype), ROWS)
         if pixel_values is not None:
             states = self.vision_model(states, interpolate_pos_encoding, deterministic=deterministic).last_hidden_state
         if self.config.use_resampler:
             states = self.perceiver_resampler(states)
-        return states.reshape(batch, number, *states.shape[1:])
+        return constrain(states.reshape(batch, number, *states.shape[1:]), ROWS)
 
     def _may_see(
         self, images: Array | None, image_attention_mask: Array | None, cache: KVCache | None, tokens: tuple[int, int]
@@ -368,30 +381,44 @@ class IdeficsForVisionText2Text(Tower):
         position_ids: Int[Array, "#B T"] | None = None,
         inputs_embeds: Float[Array, "B T D"] | None = None,
         *,
+        segment_ids: Int[Array, "B T"] | None = None,
         labels: Int[Array, "B T"] | None = None,
+        vocab_chunk: int = 0,
         logits_to_keep: int | Int[Array, " K"] = 0,
         **inputs: Any,
     ) -> IdeficsCausalLMOutput:
         """
         Args:
+          segment_ids: see `IdeficsModel`; the last token of a segment predicts nothing.
           labels: the ids again, -100 where a token does not count; gives `loss`.
+          vocab_chunk: compute the loss over so many words at a time, and no logits; 0 for all at once.
           logits_to_keep: 0 for all logits, k for those of the last k tokens, an array for those at its indices.
           inputs: further ones of `IdeficsModel`.
 
         Raises:
           ValueError: for arguments that do not belong together.
         """
-        output = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **inputs)
+        output = self.model(input_ids, attention_mask, position_ids, inputs_embeds, segment_ids=segment_ids, **inputs)
         states = states_to_keep(output.last_hidden_state, logits_to_keep)
-        logits = self.model.embed_tokens.attend(states) if self.config.tie_word_embeddings else self.lm_head(states)
-        loss = None
-        if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(f"labels have shape {labels.shape}: logits of {logits.shape[:2]} tokens were kept")
-            loss = next_token_loss(logits, labels, attention_mask)
+        if labels is not None and labels.shape != states.shape[:2]:
+            raise ValueError(f"labels have shape {labels.shape}: logits of {states.shape[:2]} tokens were kept")
+        tied, embed_tokens = self.config.tie_word_embeddings, self.model.embed_tokens
+        logits = sums = None
+        if vocab_chunk:
+            if labels is None:
+                raise ValueError("vocab_chunk came without labels: it is the loss that is computed in chunks")
+            tables = embed_tokens.tables() if tied else self.lm_head.kernels(states.shape[-1])
+            sums = next_token_sums_in_chunks(
+                states, tables, labels, attention_mask, segment_ids, chunk=vocab_chunk, words_first=tied
+            )
+        else:
+            logits = embed_tokens.attend(states) if tied else self.lm_head(states)
+            if labels is not None:
+                sums = next_token_sums(logits, labels, attention_mask, segment_ids)
         return IdeficsCausalLMOutput(
             logits=logits,
-            loss=loss,
+            loss=mean_loss(*sums) if sums else None,
+            loss_weight=sums[1] if sums else None,
             image_hidden_states=output.image_hidden_states,
             hidden_states=output.hidden_states,
             attentions=output.attentions,

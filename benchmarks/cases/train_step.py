@@ -1,0 +1,146 @@
+"""A training step with random weights: forward, backward and AdamW, with float32 master weights.
+
+An image tower of 87 million parameters (ViT-B/16), and half of the layers of the IDEFICS that `generation` writes with,
+425 million, whose weights, gradients and slots take 6.8 GB on either side. In bfloat16 torch runs under its autocast.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cases import Case, Work
+from benchmarks.cases.generation import IDEFICS_630M, IDEFICS_SMALL, PROMPT, words_and_image
+from benchmarks.cases.vision_tower import VIT_SMALL, pictures
+
+Sizes = dict[str, Any]
+
+VIT_B_16: Sizes = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "quick_gelu",
+}
+VIT_BATCH = 8
+IDEFICS = IDEFICS_630M | {"num_hidden_layers": 4}
+RATE = 1e-5
+
+
+def cases(quick: bool) -> list[Case]:
+    """float32 and bfloat16."""
+    vit, idefics = (VIT_SMALL, IDEFICS_SMALL) if quick else (VIT_B_16, IDEFICS)
+    chosen = []
+    for dtype in ("float32", "bfloat16"):
+        for title, ours, theirs, sizes in (
+            (f"ViT-B/16, batch {VIT_BATCH}", our_vit, their_vit, vit),
+            (f"IDEFICS 425M, {PROMPT} tokens, batch 1", our_idefics, their_idefics, idefics),
+        ):
+            contestants = {"flax_vlm": partial(ours, sizes, dtype), "torch sdpa": partial(theirs, sizes, dtype)}
+            chosen.append(Case(f"train step, {title}, {dtype}", contestants))
+    return chosen
+
+
+def our_vit(sizes: Sizes, dtype: str) -> Work:
+    """`AltCLIPVisionModel`; what is minimised is the mean square of its pooled state."""
+    import jax.numpy as jnp
+
+    from flax_vlm.models.altclip import AltCLIPVisionConfig, AltCLIPVisionModel
+    from flax_vlm.training.objective import Loss
+
+    model = AltCLIPVisionModel(
+        AltCLIPVisionConfig(**sizes), dtype=jnp.dtype(dtype), param_dtype=jnp.float32, scan_layers=True
+    )
+
+    def objective(params: Any, batch: Any, rng: Any) -> Loss:
+        output: Any = model.apply({"params": params}, **batch)
+        pooled = output.pooler_output.astype(jnp.float32)
+        return Loss(jnp.square(pooled).sum(), jnp.float32(pooled.size))
+
+    return ours(model, objective, {"pixel_values": pictures(sizes["image_size"], VIT_BATCH)})
+
+
+def their_vit(sizes: Sizes, dtype: str) -> Work:
+    import torch
+    from transformers import AltCLIPVisionConfig, AltCLIPVisionModel
+
+    torch.manual_seed(0)
+    model = AltCLIPVisionModel._from_config(AltCLIPVisionConfig(**sizes), attn_implementation="sdpa")
+    images = pictures(sizes["image_size"], VIT_BATCH).transpose(0, 3, 1, 2).copy()
+    return theirs(model, {"pixel_values": images}, dtype, lambda output: output.pooler_output.float().square().mean())
+
+
+def our_idefics(sizes: Sizes, dtype: str) -> Work:
+    """`IdeficsForVisionText2Text`, the next token of a prompt that looks at a picture."""
+    import jax.numpy as jnp
+
+    from flax_vlm.models.idefics import IdeficsConfig, IdeficsForVisionText2Text
+    from flax_vlm.training.objective import next_token
+
+    model = IdeficsForVisionText2Text(
+        IdeficsConfig.from_hf(sizes), dtype=jnp.dtype(dtype), param_dtype=jnp.float32, scan_layers=True
+    )
+    batch = words_and_image(sizes, 1)
+    return ours(model, next_token(model), batch | {"labels": batch["input_ids"]})
+
+
+def their_idefics(sizes: Sizes, dtype: str) -> Work:
+    """Without tokens beside the vocabulary, whose loss its present release cannot compute."""
+    import torch
+    from transformers import IdeficsConfig, IdeficsForVisionText2Text
+
+    torch.manual_seed(0)
+    sizes = {**sizes, "additional_vocab_size": 0}
+    model = IdeficsForVisionText2Text._from_config(IdeficsConfig(**sizes), attn_implementation="sdpa")
+    batch = words_and_image(sizes, 1)
+    return theirs(model, batch | {"labels": batch["input_ids"]}, dtype, lambda output: output.loss)
+
+
+def ours(model: Any, objective: Any, batch: dict[str, np.ndarray]) -> Work:
+    """The step of `flax_vlm.training`, layers scanned, nothing recomputed."""
+    import jax
+    from flax.linen import meta
+
+    from flax_vlm.training.optimizer import OptimizerConfig, make_optimizer
+    from flax_vlm.training.step import TrainState, compiled_step, make_step
+
+    example: dict[str, Any] = model.example_inputs()
+    params = jax.jit(lambda key: meta.unbox(model.init(key, **example))["params"])(jax.random.key(0))
+    config = OptimizerConfig(learning_rate=RATE, schedule="constant", weight_decay=0.01, clip_norm=None)
+    optimizer = make_optimizer(config, params, total_steps=10**6)
+    states = [TrainState.create(params, {}, optimizer, jax.random.key(1), dtype=model.dtype)]
+    del params
+    step = compiled_step(make_step(objective, optimizer))
+    rows = jax.device_put(batch)
+    jax.block_until_ready((states, rows))
+
+    def run() -> Any:
+        state, metrics = step(states.pop(), rows)
+        states.append(state)
+        return jax.block_until_ready((metrics.loss, state.params))[0]
+
+    return Work(run=run, as_numpy=np.asarray)
+
+
+def theirs(model: Any, batch: dict[str, np.ndarray], dtype: str, loss: Callable[[Any], Any]) -> Work:
+    """torch's fused AdamW."""
+    import torch
+
+    model.train()
+    rows = {name: torch.from_numpy(each) for name, each in batch.items()}
+    rows = {name: each if each.is_floating_point() else each.long() for name, each in rows.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01, fused=True)
+    casting = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def run() -> Any:
+        optimizer.zero_grad()
+        with casting:
+            value = loss(model(**rows))
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return Work(run=run, as_numpy=lambda value: value.float().numpy())
