@@ -87,15 +87,15 @@ def _prompts(config: "TrainConfig", processor: Any) -> list[list[Any]]:
 
     from flax_vlm.processing import GLM4VProcessor
     from flax_vlm.training.data import examples, records
-    from flax_vlm.training.evaluation import _question
+    from flax_vlm.training.evaluation import prompt_and_answers
 
     form, rng = config.data.format, np.random.default_rng(config.seed)
 
     def prompt(record: dict[str, Any]) -> list[Any]:
         if form == "conversations":
-            return _question(record, None)[0]
+            return prompt_and_answers(record, None)[0]
         if form == "questions":
-            messages = examples._asked(record, config.data.max_images, rng)[:-1]
+            messages = examples.read_question(record, config.data.max_images, rng)[:-1]
         else:
             messages = [{"role": "user", "content": [{"type": "image", "image": record["image"]}]}]
         return messages if isinstance(processor, GLM4VProcessor) else _items(messages)

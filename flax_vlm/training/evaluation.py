@@ -102,7 +102,7 @@ def question_answering(
     """
     scores: list[float] = []
     for batch, count in _batches(progress(records), batch_size):
-        asked = [_question(record, template) for record in batch]
+        asked = [prompt_and_answers(record, template) for record in batch]
         chats = {} if template else {"add_generation_prompt": True}
         inputs = vlm.processor([prompt for prompt, _ in asked], **chats)
         sequences = vlm.generate(**inputs, **options).sequences[:, inputs["input_ids"].shape[1] :]
@@ -225,24 +225,32 @@ def _images(records: Iterable[Record], others: list[Any], *names: str) -> Iterat
         yield _field(record, "image")
 
 
-def _question(record: Record, template: str | None) -> tuple[list[Any], list[str]]:
+def prompt_and_answers(record: Record, template: str | None) -> tuple[list[Any], list[str]]:
     """A prompt for the processor, and the right answers to it."""
     if "messages" in record:
         if template is not None:
             raise ValueError("template: expected none for conversations, which the model has a layout for")
-        *before, last = examples._messages(record, sys.maxsize)
+        *before, last = examples.read_messages(record, sys.maxsize)
         if last["role"] != "assistant":
             raise ValueError(f"messages: expected one of the assistant at the end, came one of {last['role']!r}")
         return before, ["".join(part["text"] for part in last["content"])]
-    images = record.get("images") or [_field(record, "image")]
     references = _field(record, "answers", "answer")
     references = [references] if isinstance(references, str) else references
     answers = [each["answer"] if isinstance(each, Mapping) else each for each in references]
     question = _field(record, "question")
-    if template is not None:
-        return [*images, template.replace("{}", question)], answers
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}], answers
+    if isinstance(question, str):
+        images = record.get("images") or [_field(record, "image")]
+        if template is not None:
+            return [*images, template.replace("{}", question)], answers
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+        return [{"role": "user", "content": content}], answers
+    unanswered = {**record, "answers": None, "answer": ""}
+    asked, _ = examples.read_question(unanswered, sys.maxsize, np.random.default_rng(0))
+    if template is None:
+        return [asked], answers
+    if template != "{}":
+        raise ValueError(f"template: expected '{{}}' for a question with pictures among its texts, came {template!r}")
+    return [part.get("image", part.get("text")) for part in asked["content"]], answers
 
 
 def _ranks(

@@ -278,3 +278,14 @@ def test_retrieval() -> None:
 def test_no_records(run: Any) -> None:
     with pytest.raises(ValueError, match="expected at least one record, came none"):
         run(Counting(), [])
+
+
+def test_a_question_may_have_pictures_among_its_texts() -> None:
+    one, other = ({"type": "image", "image": f"{name}.png"} for name in "ab")
+    content = [one, {"type": "text", "text": " or "}, other, {"type": "text", "text": "?"}]
+    record = {"question": content, "answers": ["a", "the first"]}
+    answers = ["a", "the first"]
+    assert evaluation.prompt_and_answers(record, "{}") == (["a.png", " or ", "b.png", "?"], answers)
+    assert evaluation.prompt_and_answers(record, None) == ([{"role": "user", "content": content}], answers)
+    with pytest.raises(ValueError, match=r"template: expected '{}' for a question with pictures among its texts"):
+        evaluation.prompt_and_answers(record, "Question: {}")

@@ -71,11 +71,11 @@ def idefics(
         return read(messages, add_generation_prompt=add_generation_prompt)["input_ids"][0]
 
     if form == "conversations":
-        prompt, pictures = _blanked(_messages(record, limits.images))
+        prompt, pictures = _blanked(read_messages(record, limits.images))
         out = read(prompt, add_eos_token=True)
         learnt = _answers(prompt, out["input_ids"][0], encode)
     elif form == "questions":
-        messages, pictures = _blanked(_asked(record, limits.images, rng))
+        messages, pictures = _blanked(read_question(record, limits.images, rng))
         parts = [part for message in messages for part in message["content"]]
         *question, answer = [part["image" if _is_picture(part) else "text"] for part in parts]
         closed = [*question[:-1], question[-1] + answer] if isinstance(question[-1], str) else [*question, answer]
@@ -95,9 +95,9 @@ def idefics(
 
 def glm4v(processor: GLM4VProcessor, record: Record, form: Format, limits: Limits, rng: np.random.Generator) -> Example:
     if form == "conversations":
-        messages = _messages(record, limits.images)
+        messages = read_messages(record, limits.images)
     elif form == "questions":
-        messages = _asked(record, limits.images, rng)
+        messages = read_question(record, limits.images, rng)
     else:
         messages = _shown_and_told(_items(record, form, limits.images, rng)[0])
     prompt, pictures = _blanked(messages)
@@ -227,7 +227,7 @@ def _shown_and_told(items: Sequence[str | Picture]) -> list[dict[str, Any]]:
     return messages
 
 
-def _messages(record: Record, most: int) -> list[dict[str, Any]]:
+def read_messages(record: Record, most: int) -> list[dict[str, Any]]:
     """The messages with lists as content and every picture in its place, up to the one with a picture too many."""
     messages = []
     for message in _field(record, "messages"):
@@ -253,13 +253,13 @@ def _messages(record: Record, most: int) -> list[dict[str, Any]]:
     return [message for message, number in zip(messages, seen, strict=True) if number <= most]
 
 
-def _asked(record: Record, most: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+def read_question(record: Record, most: int, rng: np.random.Generator) -> list[dict[str, Any]]:
     """A question and an answer to it, as a conversation."""
     answers = record.get("answers")
     answer = answers[rng.integers(len(answers))] if answers else _field(record, "answer")
     question = {"role": "user", "content": _field(record, "question"), "image": record.get("image")}
     messages = [question, {"role": "assistant", "content": answer}]
-    asked = _messages({"messages": messages, "images": record.get("images")}, most)
+    asked = read_messages({"messages": messages, "images": record.get("images")}, most)
     if not asked:
         raise ValueError(f"expected at most {most} pictures in a question, got more")
     return asked
