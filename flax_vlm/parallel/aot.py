@@ -112,6 +112,8 @@ def compile_for(mesh: Mesh, rules: Rules | str, jitted: Any, *arguments: Any, qu
         try:
             compiled = lowered.compile({"exec_time_optimization_effort": -1.0} if quick else None)
         except jax.errors.JaxRuntimeError as error:
+            if quick and "No such compile option" in str(error):  # releases after 0.10 have none for this
+                return compile_for(mesh, rules, jitted, *arguments)
             found = _TOO_LARGE.search(str(error))
             if not found:
                 raise
