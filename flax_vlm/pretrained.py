@@ -20,7 +20,7 @@ from flax_vlm.layers.param_tree import common_float, flatten_params, unflatten_p
 from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
-from flax_vlm.processing import AltCLIPProcessor, GLM4VProcessor, IdeficsProcessor, TextStream
+from flax_vlm.processing import PROCESSORS, TextStream
 from flax_vlm.whole_folder import draft_of, whole_folder
 
 logger = logging.getLogger("flax_vlm")
@@ -297,14 +297,10 @@ def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any
     return _Opened(model, abstract, common_float(leaf.dtype for leaf in held.values()), shapes, read)
 
 
-# By the family's name.
-_PROCESSORS = {"altclip": AltCLIPProcessor, "glm4v": GLM4VProcessor, "idefics": IdeficsProcessor}
-
-
 def _load_processor(folder: Path, config: Any) -> Any:
     """None where the folder brings no files for one."""
     try:
-        return _PROCESSORS[registry.family(config.model_type).module].from_dir(folder)
+        return PROCESSORS[registry.family(config.model_type).module].from_dir(folder)
     except FileNotFoundError:
         return None
 

@@ -6,7 +6,11 @@ from flax_vlm.processing.idefics import IdeficsProcessor
 from flax_vlm.processing.images import ImageProcessor, load_image
 from flax_vlm.processing.tokenizer import TextStream, Tokenizer
 
+# By the family of a model, as `models.registry` names it.
+PROCESSORS = {"altclip": AltCLIPProcessor, "glm4v": GLM4VProcessor, "idefics": IdeficsProcessor}
+
 __all__ = [
+    "PROCESSORS",
     "AltCLIPProcessor",
     "GLM4VProcessor",
     "IdeficsProcessor",

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from flax_vlm import checkpoint, parallel, processing
+from flax_vlm import checkpoint, parallel
 from flax_vlm.hub import local_folder
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
+from flax_vlm.processing import PROCESSORS
 from flax_vlm.training import lora, objective
 from flax_vlm.training.config import TrainConfig, check, keep_config
 from flax_vlm.training.data import Batches, make_batches
@@ -34,12 +35,6 @@ from flax_vlm.training.patterns import Patterns, exact
 from flax_vlm.training.step import TrainState, compiled_step, make_step, merge, split, state_shardings
 
 Sampler = Callable[[nn.Module, Mapping[str, Any]], Iterable[Sample]]  # of a model and its parameters
-
-_PROCESSORS = {
-    "altclip": processing.AltCLIPProcessor,
-    "glm4v": processing.GLM4VProcessor,
-    "idefics": processing.IdeficsProcessor,
-}
 
 
 class Prepared(NamedTuple):
@@ -83,7 +78,7 @@ def prepare(config: TrainConfig) -> Prepared:
             f"it {ways} ways and accumulate {config.accumulate}"
         )
     with _field("model: "):
-        processor = _PROCESSORS[family].from_dir(folder)
+        processor = PROCESSORS[family].from_dir(folder)
     batches = make_batches(
         config.data,
         processor,
