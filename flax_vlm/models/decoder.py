@@ -1,15 +1,17 @@
 """What the decoders of all families share.
 
-B batch   T tokens   D model width
+B batch   T tokens   D model width   V vocabulary
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from flax_vlm.layers.attention import Mask
 from flax_vlm.layers.kv_cache import KeyValue
+from flax_vlm.layers.losses import mean_loss, next_token_sums, next_token_sums_in_chunks
 from flax_vlm.layers.rotary import Rotation
 from flax_vlm.models.base import Block
 from flax_vlm.models.outputs import LayerOutput
@@ -54,3 +56,42 @@ class DecoderLayer(Block):
             attentions=weights,
             cache=None if cache is None else keys,
         )
+
+
+class Prediction(NamedTuple):
+    """What a head makes of states; `loss` is the mean over the `loss_weight` tokens that count."""
+
+    logits: Float[Array, "B T V"] | None
+    loss: Float[Array, ""] | None = None
+    loss_weight: Float[Array, ""] | None = None
+
+
+def predict(
+    states: Float[Array, "B T D"],
+    head: Callable[[Array], Array],
+    tables: Callable[[], Sequence[Array]],
+    expected: tuple[Array, Array | None, Array | None] | None,
+    vocab_chunk: int,
+    words_first: bool = False,
+) -> Prediction:
+    """Logits, and the loss where something is `expected`: labels, attention mask and segments.
+
+    Args:
+      head: states to logits.
+      tables: what it multiplies by, and `words_first`: see `next_token_sums_in_chunks`.
+      vocab_chunk: compute the loss over so many words at a time, and no logits; 0 for all at once.
+
+    Raises:
+      ValueError: for chunks where nothing is expected.
+    """
+    if not vocab_chunk:
+        logits = head(states)
+        if expected is None:
+            return Prediction(logits)
+        sums = next_token_sums(logits, *expected)
+    elif expected is None:
+        raise ValueError("vocab_chunk came without labels: it is the loss that is computed in chunks")
+    else:
+        logits = None
+        sums = next_token_sums_in_chunks(states, tables(), *expected, chunk=vocab_chunk, words_first=words_first)
+    return Prediction(logits, mean_loss(*sums), sums[1])

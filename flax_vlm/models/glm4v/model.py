@@ -9,6 +9,7 @@ B batch   L ids   S slots (L, and more with pictures)   I pictures a row   P pat
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,12 +24,12 @@ from flax_vlm.layers.attention import Mask, causal_mask, padding_mask, segment_m
 from flax_vlm.layers.decoupled import DecoupledHead
 from flax_vlm.layers.embed import Embed
 from flax_vlm.layers.kv_cache import KVCache
-from flax_vlm.layers.losses import IGNORED, mean_loss, next_token_sums, next_token_sums_in_chunks
+from flax_vlm.layers.losses import IGNORED
 from flax_vlm.layers.partitioning import ROWS, constrain
 from flax_vlm.layers.rotary import rotation
 from flax_vlm.layers.segments import check_segments, count_positions
 from flax_vlm.models.base import Block, Tower
-from flax_vlm.models.decoder import Context
+from flax_vlm.models.decoder import Context, predict
 from flax_vlm.models.glm4v.config import GLM4VConfig
 from flax_vlm.models.glm4v.decoder import ChatGLMTransformer
 from flax_vlm.models.glm4v.splice import Slots, check_pictures, splice
@@ -314,20 +315,10 @@ class GLM4VForConditionalGeneration(Tower):
             spread = labels if output.slots is None else output.slots.labels(labels)
             behind_padding = jnp.pad(~output.attention_mask[:, :-1], ((0, 0), (1, 0)))
             expected = (jnp.where(behind_padding, IGNORED, spread), output.attention_mask, output.segment_ids)
-        logits = sums = None
-        if vocab_chunk:
-            if expected is None:
-                raise ValueError("vocab_chunk came without labels: it is the loss that is computed in chunks")
-            kernels = self.output_layer.kernels(states.shape[-1])
-            sums = next_token_sums_in_chunks(states, kernels, *expected, chunk=vocab_chunk)
-        else:
-            logits = self.output_layer(states)
-            if expected is not None:
-                sums = next_token_sums(logits, *expected)
+        tables = partial(self.output_layer.kernels, states.shape[-1])
+        prediction = predict(states, self.output_layer, tables, expected, vocab_chunk)
         return GLM4VCausalLMOutput(
-            logits=logits,
-            loss=mean_loss(*sums) if sums else None,
-            loss_weight=sums[1] if sums else None,
+            **prediction._asdict(),
             slots=output.slots,
             image_hidden_states=output.image_hidden_states,
             hidden_states=output.hidden_states,

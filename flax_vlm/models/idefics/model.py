@@ -6,6 +6,7 @@ releases up to 4.51. Parameter names are the reference's.
 B batch   T tokens   I images a row   P tokens an image   L latents   D hidden_size   E embed_dim   W whole vocabulary
 """
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from flax_vlm.layers.attention import Mask, causal_mask, padding_mask, segment_mask
 from flax_vlm.layers.decoupled import DecoupledEmbed, DecoupledHead
 from flax_vlm.layers.kv_cache import KeyValue, KVCache
-from flax_vlm.layers.losses import mean_loss, next_token_sums, next_token_sums_in_chunks
 from flax_vlm.layers.norms import RMSNorm
 from flax_vlm.layers.partitioning import ROWS, constrain
 from flax_vlm.layers.patch_embed import padded_scale
@@ -27,6 +27,7 @@ from flax_vlm.layers.segments import check_segments, count_positions
 from flax_vlm.layers.stack import run_layers
 from flax_vlm.models.base import Tower
 from flax_vlm.models.clip_vision import CLIPVisionTransformer
+from flax_vlm.models.decoder import predict
 from flax_vlm.models.idefics.config import IdeficsConfig, IdeficsVisionConfig
 from flax_vlm.models.idefics.decoder import (
     BlockMemory,
@@ -402,23 +403,15 @@ class IdeficsForVisionText2Text(Tower):
         states = states_to_keep(output.last_hidden_state, logits_to_keep)
         if labels is not None and labels.shape != states.shape[:2]:
             raise ValueError(f"labels have shape {labels.shape}: logits of {states.shape[:2]} tokens were kept")
-        tied, embed_tokens = self.config.tie_word_embeddings, self.model.embed_tokens
-        logits = sums = None
-        if vocab_chunk:
-            if labels is None:
-                raise ValueError("vocab_chunk came without labels: it is the loss that is computed in chunks")
-            tables = embed_tokens.tables() if tied else self.lm_head.kernels(states.shape[-1])
-            sums = next_token_sums_in_chunks(
-                states, tables, labels, attention_mask, segment_ids, chunk=vocab_chunk, words_first=tied
-            )
+        expected = None if labels is None else (labels, attention_mask, segment_ids)
+        if self.config.tie_word_embeddings:
+            table = self.model.embed_tokens
+            prediction = predict(states, table.attend, table.tables, expected, vocab_chunk, words_first=True)
         else:
-            logits = embed_tokens.attend(states) if tied else self.lm_head(states)
-            if labels is not None:
-                sums = next_token_sums(logits, labels, attention_mask, segment_ids)
+            tables = partial(self.lm_head.kernels, states.shape[-1])
+            prediction = predict(states, self.lm_head, tables, expected, vocab_chunk)
         return IdeficsCausalLMOutput(
-            logits=logits,
-            loss=mean_loss(*sums) if sums else None,
-            loss_weight=sums[1] if sums else None,
+            **prediction._asdict(),
             image_hidden_states=output.image_hidden_states,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
