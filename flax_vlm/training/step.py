@@ -134,16 +134,18 @@ def make_step(
         def one_part(rows: Batch, part: Any) -> tuple[Any, Loss]:
             key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), part)
 
-            def total(params: Any) -> tuple[Array, Loss]:
+            def minimised(params: Any) -> tuple[Array, Loss]:
                 loss = objective(merge(params, state.frozen), rows, key)
-                return loss.total, loss
+                return (_mean(loss) if accumulate == 1 else loss.total), loss
 
-            return jax.grad(total, has_aux=True)(state.params)
+            return jax.grad(minimised, has_aux=True)(state.params)
 
-        gradients, loss = one_part(batch, 0) if accumulate == 1 else _sum_over_parts(one_part, batch, accumulate)
-        weight = jnp.where(loss.weight > 0, loss.weight, 1)  # nothing that counts: everything is 0
-        gradients = jax.tree.map(lambda each: each / weight.astype(each.dtype), gradients)
-        mean = loss.total / weight
+        if accumulate == 1:  # of the mean at once: to divide gradients is a pass over all of them
+            gradients, loss = one_part(batch, 0)
+        else:
+            gradients, loss = _sum_over_parts(one_part, batch, accumulate)
+            gradients = jax.tree.map(lambda each: each / _divisor(loss).astype(each.dtype), gradients)
+        mean = _mean(loss)
         norm = optax.tree.norm(gradients).astype(state.usual_norm.dtype)
 
         limit = jnp.inf if spike_factor is None else spike_factor * state.usual_norm
@@ -199,6 +201,15 @@ def state_shardings(state: TrainState, shardings: Mapping[str, Any]) -> TrainSta
         return placed[path] if path and leaf.shape == shapes[path] else everywhere
 
     return tree_map_with_path(place, state)
+
+
+def _divisor(loss: Loss) -> Float[Array, ""]:
+    """The weight of a loss; 1 where nothing counts, as everything is 0 then."""
+    return jax.lax.stop_gradient(jnp.where(loss.weight > 0, loss.weight, 1))
+
+
+def _mean(loss: Loss) -> Float[Array, ""]:
+    return loss.total / _divisor(loss)
 
 
 def _sum_over_parts(one_part: Callable[[Batch, Any], Any], batch: Batch, parts: int) -> Any:
