@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "convert": BELOW_CONVERT,
     "generation": BELOW_CONVERT,
     "training": BELOW_CONVERT | {"convert"},
+    "viz": set(),
     "pretrained": BELOW_PRETRAINED,
     "zero_shot": {"pretrained"},
     "demo": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot"},
