@@ -107,7 +107,7 @@ def _clean(axes: "Axes", xlabel: str, ylabel: str, log: bool) -> None:
     """Two thin axes and lines to read values by."""
     axes.set_xlabel(xlabel, color=MUTED, fontsize=SIZE, family=font_for(xlabel))
     axes.set_ylabel(ylabel, color=MUTED, fontsize=SIZE, family=font_for(ylabel))
-    digits: Any = font_for("0123456789.")
+    digits: Any = font_for("0123456789." + "−" * log)  # powers of ten have a minus, which not all fonts do
     axes.tick_params(which="both", colors=MUTED, labelsize=SIZE - 1, length=0, labelfontfamily=digits)
     axes.margins(x=0.015)
     axes.grid(axis="y", color=RULE, linewidth=0.7)
