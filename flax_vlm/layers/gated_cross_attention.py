@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
+from flax_vlm.layers import kept_weights
 from flax_vlm.layers.attention import Implementation, attend
 from flax_vlm.layers.feed_forward import GatedMLP
 from flax_vlm.layers.kv_cache import KeyValue
@@ -64,15 +65,17 @@ class CrossAttention(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
         query = self._heads(self.q_proj(hidden_states))
-        attended, _ = attend(
+        attended, weights = attend(
             self.q_layer_norm(query) if self.qk_layer_norms else query,
             images.key.astype(query.dtype),
             images.value.astype(query.dtype),
             mask=may_attend[:, None],
             dropout_rate=self.dropout,
             dropout_rng=None if deterministic else self.make_rng("dropout"),
+            return_weights=kept_weights.are_wanted(self),
             implementation=self.attention_implementation,
         )
+        kept_weights.keep(self, weights)
         return self.o_proj(attended.reshape(hidden_states.shape))
 
     def _heads(self, states: Float[Array, "B L D"]) -> Float[Array, "B L N H"]:

@@ -11,6 +11,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from flax_vlm.layers import kept_weights
 from flax_vlm.layers.attention import Implementation, attend
 from flax_vlm.layers.linear import Dense, Initializer, partitioned
 from flax_vlm.layers.norms import LayerNorm
@@ -54,7 +55,14 @@ class PerceiverAttention(_Part, kw_only=True):
 
         query = heads(latents, "q", self.qk_layer_norms)
         key = heads(both, "k", self.qk_layer_norms)
-        attended, _ = attend(query, key, heads(both, "v", False), implementation=self.attention_implementation)
+        attended, weights = attend(
+            query,
+            key,
+            heads(both, "v", False),
+            return_weights=kept_weights.are_wanted(self),
+            implementation=self.attention_implementation,
+        )
+        kept_weights.keep(self, weights)
         flat = attended.reshape(*attended.shape[:2], self.num_heads * self.head_dim)
         return self.dense(latents.shape[-1], ("heads", "embed"), "output_proj")(flat)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_vlm.layers.kept_weights import KEPT
 from flax_vlm.layers.partitioning import HIDDEN, constrain
 
 Remat: TypeAlias = Literal["none", "full", "dots", "dots_no_batch"]
@@ -73,7 +74,7 @@ def run_layers(
     length = len(inputs)
     scanned = nn.scan(
         run,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, KEPT: 0},
         split_rngs={"params": True, "dropout": True},
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},

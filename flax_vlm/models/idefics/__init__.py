@@ -2,6 +2,7 @@
 
 from flax_vlm.models.idefics.config import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
 from flax_vlm.models.idefics.freezing import trainable
+from flax_vlm.models.idefics.image_attention import ImageAttention, image_attention
 from flax_vlm.models.idefics.model import (
     IdeficsCausalLMOutput,
     IdeficsForVisionText2Text,
@@ -21,5 +22,7 @@ __all__ = [
     "IdeficsPerceiverResampler",
     "IdeficsVisionConfig",
     "IdeficsVisionModel",
+    "ImageAttention",
+    "image_attention",
     "trainable",
 ]
