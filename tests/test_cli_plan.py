@@ -41,6 +41,9 @@ def test_a_step_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     held = step["bytes"]
     assert 2 * held["parameters"] < held["optimizer"] < 2 * held["parameters"] + 100
     assert step["used"] == pytest.approx(sum(held.values()), rel=0.01)
+    assert held["activations"] > 0
+    (spared,) = planned(capsys, model, "--batch", "6", "--seq", "7", "--remat", "full")["programs"]
+    assert spared["bytes"]["activations"] < held["activations"] / 2
     seconds = step["seconds"]
     assert seconds["compute"] == step["flops"] / 1e12 and seconds["network"] == 0
     assert seconds[step["binds"]] == max(seconds.values())

@@ -59,10 +59,11 @@ def plan(
 ) -> None:
     """Compile a step of training, or a generation, for TPUs that are not here, and say what it needs. Nothing is run.
 
-    Bytes are what the TPU's own compiler places in the memory of a chip. FLOPs are those of the matrix products,
-    forward and backward, without what is computed twice to save memory (about 6 a parameter and token, and attention);
-    the roofline is the time of the part of a chip that has most to do, if all else hides behind it. Exit code 1 where
-    the program does not fit.
+    Bytes are what the TPU's own compiler places in the memory of a chip. Activations are, of its temporaries, what the
+    forward pass keeps for the backward pass, counted before the program is compiled. FLOPs are those of the matrix
+    products, forward and backward, without what is computed twice to save memory (about 6 a parameter and token, and
+    attention); the roofline is the time of the part of a chip that has most to do, if all else hides behind it. Exit
+    code 1 where the program does not fit.
 
     Args:
         model: A checkpoint's folder, of which only config.json is read, or altclip, glm-4v-9b, idefics-9b, idefics-80b.
@@ -179,7 +180,12 @@ def describe(name: str, draft: "Draft", mesh: Any, rules: str, quick: bool) -> d
     # At least: all that goes in is read, what comes out or is kept is written (and read), as are gathered parameters.
     moved = memory.arguments + memory.results + 2 * memory.temporaries + 2 * gathered
     bound = roofline(chip, draft.flops / mesh.size, moved, sum(each[1] for each in sent.values()))
-    known["bytes"] |= {"temporaries": memory.temporaries, "outputs": memory.outputs}
+    activations = min(draft.activations, memory.temporaries)
+    known["bytes"] |= {
+        "activations": activations,
+        "temporaries": memory.temporaries - activations,
+        "outputs": memory.outputs,
+    }
     return known | {
         "fits": True,
         "used": memory.total,

@@ -25,8 +25,8 @@ from flax_vlm.layers.stack import Remat
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
 from flax_vlm.parallel.rules import find_rules
-from flax_vlm.training.metrics import count_flops
-from flax_vlm.training.objective import contrastive, next_token
+from flax_vlm.training.metrics import count_flops, kept_bytes
+from flax_vlm.training.objective import Objective, contrastive, next_token
 from flax_vlm.training.optimizer import OptimizerConfig, make_optimizer
 from flax_vlm.training.patterns import exact
 from flax_vlm.training.step import TrainState, compiled_step, make_step, merge, split, state_shardings
@@ -55,6 +55,7 @@ class Draft(NamedTuple):
       held: bytes of arguments on each chip, by what they are.
       flops: of its matrix products and convolutions, without what is computed twice to save memory.
       tokens: that it works through.
+      activations: bytes of what its forward pass keeps for its backward pass, on each chip, if rows alone are split.
     """
 
     jitted: Any
@@ -62,6 +63,7 @@ class Draft(NamedTuple):
     held: dict[str, int]
     flops: int
     tokens: int
+    activations: int = 0
 
 
 def build(config: Any, architectures: Any, mode: Literal["train", "generate"], load: Load) -> nn.Module:
@@ -112,27 +114,39 @@ def train_step(model: Any, mesh: Mesh, rules: parallel.Rules | str, load: Load) 
     where = state_shardings(state, parallel.shardings(boxed, mesh, rules))
     state = jax.tree.map(_placed, state, where)
 
-    batch = _on(parallel.batch_sharding(mesh, rules), inputs(model, load))
+    by_row = parallel.batch_sharding(mesh, rules)
+    batch = _on(by_row, _training_inputs(model, load))
+    parts = 1 if family == "altclip" else load.accumulate
     if family == "altclip":
         chunk = math.gcd(load.contrastive_chunk, load.batch)
-        step = make_step(contrastive(model, microbatches=load.accumulate, chunk=chunk), optimizer)
+        objective = contrastive(model, microbatches=load.accumulate, chunk=chunk)
     else:
-        batch["labels"] = batch["input_ids"]
-        step = make_step(next_token(model, load.vocab_chunk), optimizer, accumulate=load.accumulate)
+        objective = next_token(model, load.vocab_chunk)
+    step = make_step(objective, optimizer, accumulate=parts)
 
     plain = model.clone(remat="none", attention_implementation="xla")
-    objective = contrastive(plain) if family == "altclip" else next_token(plain)
+    plain_objective = contrastive(plain) if family == "altclip" else next_token(plain)
 
-    def loss(learning: Any, frozen: Any, batch: Any) -> Any:
+    def loss(objective: Objective, learning: Any, frozen: Any, batch: Any) -> Any:
         return objective(merge(learning, frozen), batch, jax.random.key(0)).total
+
+    def kept(rows: int) -> int:
+        """Bytes, of so many rows."""
+        some = _training_inputs(model, dataclasses.replace(load, batch=rows))
+        return kept_bytes(partial(loss, objective), learning, frozen, some)
+
+    rows = load.batch // parts
+    activations = kept(2 * rows) - kept(rows)  # weights that were cast, say, are kept too, but are none
+    split_ways = ways(mesh.abstract_mesh, by_row.spec[0])
 
     held = {
         "parameters": _bytes(state.params) + _bytes(state.frozen),
         "optimizer": _bytes(state.opt_state),
         "batch": _bytes(batch),
     }
-    flops = count_flops(jax.make_jaxpr(jax.grad(loss))(learning, frozen, batch))
-    return Draft(compiled_step(step, where), (state, batch), held, flops, load.batch * load.seq)
+    flops = count_flops(jax.make_jaxpr(jax.grad(partial(loss, plain_objective)))(learning, frozen, batch))
+    tokens = load.batch * load.seq
+    return Draft(compiled_step(step, where), (state, batch), held, flops, tokens, activations // split_ways)
 
 
 def generation(model: Any, mesh: Mesh, rules: parallel.Rules | str, load: Load) -> tuple[Draft, Draft]:
@@ -185,6 +199,13 @@ def generation(model: Any, mesh: Mesh, rules: parallel.Rules | str, load: Load) 
     read = Draft(prefill, reading, weights | {"batch": _bytes(prompt)}, ask(load.seq), load.batch * load.seq)
     held = weights | {"cache": _bytes(state.cache)}
     return read, Draft(decode, (model, request.plan, params, options, state, until), held, ask(1), load.batch)
+
+
+def _training_inputs(model: Any, load: Load) -> dict[str, np.ndarray]:
+    """With labels, for a language model."""
+    batch = inputs(model, load)
+    is_language_model = registry.family(model.config.model_type).module != "altclip"
+    return batch | {"labels": batch["input_ids"]} if is_language_model else batch
 
 
 def _placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from flax_vlm.layers.blocked_attention import attend_in_blocks
@@ -32,6 +33,7 @@ from flax_vlm.layers.splash import LANES, Segments, splash
 Implementation: TypeAlias = Literal["auto", "xla", "blocked", "splash"]
 Allowed: TypeAlias = Bool[Array, "#B #N #T _"]  # S columns, or a divisor of S
 
+ATTENDED = "attended"  # the name of the result, by which `layers.stack` keeps it for the backward pass
 # The kernel is made by going over them in Python.
 _SPLASH_HEADS = 1024
 # Below this many scores the loop of "blocked" costs more than it saves.
@@ -180,16 +182,19 @@ def attend(
             )
         rng = dropout_rng if dropout_rate > 0 else None
         allowed = whole.written_out(num_queries, num_keys)
-        return attend_plainly(query, key, value, allowed, bias, factor, dropout_rate, rng)
+        attended, weights = attend_plainly(query, key, value, allowed, bias, factor, dropout_rate, rng)
+        return checkpoint_name(attended, ATTENDED), weights
 
     fault = _splash_fault(query, key, whole, bias)
     if implementation == "splash" and fault:
         raise ValueError(f"attention implementation 'splash' cannot serve {fault}: ask for another or 'auto'")
     is_small = batch * num_heads * num_queries * num_keys <= _SMALL
     if implementation == "xla" or (is_small and implementation != "splash"):
-        return attend_plainly(query, key, value, whole.written_out(num_queries, num_keys), bias, factor)[0], None
-    choose = functools.partial(_attend_by, implementation, factor, not fault)
-    return per_device(choose, query, key, value, whole, bias), None
+        attended, _ = attend_plainly(query, key, value, whole.written_out(num_queries, num_keys), bias, factor)
+    else:
+        choose = functools.partial(_attend_by, implementation, factor, not fault)
+        attended = per_device(choose, query, key, value, whole, bias)
+    return checkpoint_name(attended, ATTENDED), None
 
 
 def _attend_by(

@@ -16,9 +16,11 @@ from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 Initializer: TypeAlias = Any  # (key, shape, dtype) -> array; linen has no public name for it
+PRODUCT = "product"  # of what `matmul` gives: by this name `layers.stack` keeps it for the backward pass
 Axes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # of the one side and of the other
 
 
@@ -43,7 +45,7 @@ def matmul(
         out = product(inputs, kernel, dimensions)
     if bias is not None:
         out += bias.astype(out.dtype)
-    return out.astype(inputs.dtype)
+    return checkpoint_name(out.astype(inputs.dtype), PRODUCT)
 
 
 def _product_of_one_row(inputs: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:

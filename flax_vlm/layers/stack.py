@@ -15,15 +15,18 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_vlm.layers.attention import ATTENDED
 from flax_vlm.layers.kept_weights import KEPT
+from flax_vlm.layers.linear import PRODUCT
 from flax_vlm.layers.partitioning import HIDDEN, constrain
 
 Remat: TypeAlias = Literal["none", "full", "dots", "dots_no_batch"]
 
 _POLICIES = {
     "full": None,  # recompute everything but the layer's input
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # By name: those of jax look for dot_general, which is inside of functions with gradients of their own.
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENDED),
+    "dots_no_batch": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
@@ -45,8 +48,8 @@ def run_layers(
       carry: hidden states [B, T, D].
       layers: from `make_layers`. What all layers share (masks, encoder states, flags) the body takes from its closure.
       inputs: one pytree a layer (a cache entry, a head mask ...), all of one structure; it sets the number of layers.
-      remat: "none" keeps all activations for the backward pass, "full" only each layer's input, "dots" also the
-        results of matrix products, "dots_no_batch" only of those with weights (not of attention scores).
+      remat: "none" keeps all activations for the backward pass, "full" only each layer's input, "dots_no_batch" also
+        the results of products with weights, "dots" those and what attention gives. Scores are never kept by them.
 
     Returns:
       The final carry and the outputs, one a layer.

@@ -64,6 +64,21 @@ def _programs(values: Any) -> list[Any]:
     return found
 
 
+def kept_bytes(function: Any, params: Any, *others: Any) -> int:
+    """Bytes of what `function(params, *others)` keeps for its gradient by `params`, but for what goes in.
+
+    Everything is given as shapes, and counted whole, wherever it will be.
+    """
+
+    def residuals(params: Any, *others: Any) -> list[Any]:
+        return jax.tree.leaves(jax.vjp(lambda params: function(params, *others), params)[1])
+
+    jaxpr = jax.make_jaxpr(residuals)(params, *others).jaxpr
+    given = set(map(id, jaxpr.invars))
+    kept = {id(variable): variable.aval for variable in jaxpr.outvars if id(variable) not in given}
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in kept.values())
+
+
 class Sample(NamedTuple):
     """What a model answered, and the pictures [H, W, 3] that it looked at."""
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from flax_vlm.layers.attention import attend
 from flax_vlm.layers.linear import Dense
 from flax_vlm.layers.stack import make_layers, run_layers, stack_params, unstack_params
+from flax_vlm.training.metrics import kept_bytes
 from tests.tolerances import FLOAT64, assert_close
 
 
@@ -39,6 +41,48 @@ class Tower(nn.Module):
 def setup() -> tuple[dict[str, Any], jax.Array]:
     states = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5)))
     return nn.meta.unbox(Tower().init(jax.random.key(0), states, jnp.float64(1)))["params"], states
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scan", [False, True])
+def test_what_is_kept_for_the_backward_pass(dtype: Any, scan: bool) -> None:
+    """Counted in arrays of the states' size, a layer: what goes in, then four products, then what attention gives."""
+    batch, length, heads, width = 3, 40, 2, 64
+
+    class Attending(nn.Module):
+        @nn.compact
+        def __call__(self, states: jax.Array) -> jax.Array:
+            def dense(name: str) -> Any:
+                return Dense(heads * width, use_bias=False, dtype=dtype, name=name)(states)
+
+            query, key, value = (jnp.tanh(dense(name)).reshape(batch, length, heads, width) for name in "qkv")
+            attended, _ = attend(query, key, value)
+            return states + jnp.tanh(Dense(heads * width, use_bias=False, dtype=dtype)(attended.reshape(states.shape)))
+
+    class Deep(nn.Module):
+        remat: Any
+
+        def setup(self) -> None:
+            self.layers = make_layers(lambda _: Attending(), 2, scan)
+
+        def __call__(self, states: jax.Array) -> jax.Array:
+            return run_layers(self.layers, lambda layer, x, _: (layer(x), None), states, [None] * 2, self.remat)[0]
+
+    states = jax.ShapeDtypeStruct((batch, length, heads * width), dtype)
+    params = jax.eval_shape(Deep("none").init, jax.random.key(0), states)
+    size = states.size * states.dtype.itemsize
+
+    def kept(remat: str) -> float:
+        def loss(params: Any, states: Any) -> Any:
+            return Deep(remat).apply(params, jnp.tanh(states)).astype(jnp.float32).sum()
+
+        return kept_bytes(loss, params, states) / size / 2
+
+    full, products, attended, everything = map(kept, ("full", "dots_no_batch", "dots", "none"))
+    assert full == pytest.approx(1, abs=0.1)
+    assert products == pytest.approx(5, abs=0.1)
+    assert attended == pytest.approx(6, abs=0.1)
+    assert everything > 8
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_no_batch"])
