@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -207,7 +208,8 @@ class ChatSession:
             images = {"num_images": self._places} if self._pool else {}
             return self._settled(model.init_cache(1, self._length + self._piece, model.dtype, **images))
         positions = laid.get("position_ids")
-        return self._settled(cache.rewind(known, None if positions is None else positions[:, known].astype(np.int32)))
+        next_ones = None if positions is None else jnp.asarray(positions[:, known], jnp.int32)
+        return self._settled(cache.rewind(known, next_ones))
 
     def _settled(self, arrays: Any) -> Any:
         """Where what the model gives back will be: else the next turn would compile the same program for that place."""

@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["FLAX_VLM_COMPILATION_CACHE"] = "off"  # of commands that tests start: they leave nothing with the user
 
 import hypothesis
 import jax
