@@ -97,7 +97,7 @@ def test_ten_turns_compile_three_programs(family: str, work: Work, compiled: Cal
     chat = new.chat(**room)
     words = "mouse dog red blue one two three cat on under".split()
     for turn, word in enumerate(words):
-        chat.say(word + " red" * 2 * turn, PICTURES[turn // 2 : turn // 2 + 1] if turn in (2, 4, 6, 7) else [])
+        chat.say(word + " red" * turn, PICTURES[turn // 2 : turn // 2 + 1] if turn in (2, 4, 6, 7) else [])
         if turn == 2:
             assert compiled() == 3
             assert [work.programs[name] for name in ("prefill", "decode", "_traced")] == [1, 1, 1]

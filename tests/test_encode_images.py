@@ -108,7 +108,8 @@ def test_what_cannot_be_encoded() -> None:
 def test_the_host_lays_out_what_the_model_splices() -> None:
     ids = np.array([[7, BEGIN, 400, END, BEGIN, 400, END, 8, 9]])
     mask = np.ones_like(ids)
-    laid, slots = lay_out(ids, mask, BEGIN, END, PATCHES), splice(ids, mask != 0, BEGIN, END, 2, PATCHES)
+    laid = lay_out(ids, mask, BEGIN, END, PATCHES)
+    slots = splice(jax.numpy.asarray(ids), jax.numpy.asarray(mask != 0), BEGIN, END, 2, PATCHES)
     np.testing.assert_array_equal(laid["image_slots"], np.where(slots.is_picture, slots.vector, NO_VECTOR))
     np.testing.assert_array_equal(laid["input_ids"], slots.spread(jax.numpy.asarray(ids)))
     np.testing.assert_array_equal(laid["position_ids"], slots.spread(jax.numpy.arange(9)[None]))
