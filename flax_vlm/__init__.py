@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flax_vlm.chat import ChatSession
     from flax_vlm.generation import GenerationConfig
     from flax_vlm.models.altclip import (
         AltCLIPConfig,
@@ -54,6 +55,7 @@ _HOMES = {
     "AltCLIPVisionConfig": _ALTCLIP,
     "AltCLIPVisionModel": _ALTCLIP,
     "AltRobertaModel": _ALTCLIP,
+    "ChatSession": "flax_vlm.chat",
     "EVA2CLIPModel": _GLM4V,
     "GLM4VConfig": _GLM4V,
     "GLM4VForCausalLM": _GLM4V,
@@ -82,6 +84,7 @@ __all__ = [
     "AltCLIPVisionConfig",
     "AltCLIPVisionModel",
     "AltRobertaModel",
+    "ChatSession",
     "EVA2CLIPModel",
     "GLM4VConfig",
     "GLM4VForCausalLM",

@@ -15,11 +15,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from flax_vlm import checkpoint, generation, parallel
+from flax_vlm.chat import ChatSession, Message
 from flax_vlm.hub import local_folder
 from flax_vlm.layers.param_tree import common_float, flatten_params, unflatten_params
 from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models import registry
-from flax_vlm.models.abstract import abstract_params
+from flax_vlm.models.abstract import abstract_params, blank_inputs
 from flax_vlm.processing import PROCESSORS, TextStream
 from flax_vlm.whole_folder import draft_of, whole_folder
 
@@ -67,11 +68,11 @@ class VLM:
         """
         flags = {name: value for name, value in inputs.items() if isinstance(value, bool)}
         arrays = {name: value for name, value in inputs.items() if name not in flags and value is not None}
-        with self._placed():
+        with self.placed():
             return self._apply(self.params, arrays, rngs, method=method, flags=tuple(sorted(flags.items())))
 
-    def _placed(self) -> AbstractContextManager[None]:
-        """Mesh and rules in effect, if there is a mesh."""
+    def placed(self) -> AbstractContextManager[None]:
+        """A context that has mesh and rules in effect, if there is a mesh."""
         return nullcontext() if self.mesh is None else parallel.use(self.mesh, self.rules)
 
     def _traced(
@@ -99,25 +100,86 @@ class VLM:
         Raises:
           ValueError: for a model that does not generate, and for inputs or options that cannot be served.
         """
-        if self.generation_config is None:
-            raise ValueError(
-                f"{type(self.model).__name__} does not generate text: expected a model with a language head"
-            )
-        options = {name: value for name, value in inputs_and_options.items() if self.generation_config.is_option(name)}
-        inputs = {name: value for name, value in inputs_and_options.items() if name not in options}
-        config = self.generation_config.updated(**options)
+        inputs, config = self._inputs_and_config(inputs_and_options)
         tokenizer = None if self.processor is None else self.processor.tokenizer
         if not stream:
-            with self._placed():
+            with self.placed():
                 return generation.generate(self.model, self.params, inputs, config, tokenizer=tokenizer, cache=cache)
         if self.processor is None:
             raise ValueError("stream=True gives text: the checkpoint has no tokenizer. Use flax_vlm.generation.stream")
         text_stream = partial(TextStream, self.processor.tokenizer)
-        with self._placed():
+        with self.placed():
             begun = generation.stream(
                 self.model, self.params, inputs, config, tokenizer=tokenizer, cache=cache, text_stream=text_stream
             )
-        return begun if self.mesh is None else _StreamOnMesh(begun, self._placed)
+        return begun if self.mesh is None else _StreamOnMesh(begun, self.placed)
+
+    def _inputs_and_config(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], generation.GenerationConfig]:
+        """Inputs of the model, and the options among them over those of the checkpoint."""
+        if self.generation_config is None:
+            raise ValueError(
+                f"{type(self.model).__name__} does not generate text: expected a model with a language head"
+            )
+        options = {name: value for name, value in given.items() if self.generation_config.is_option(name)}
+        inputs = {name: value for name, value in given.items() if name not in options}
+        return inputs, self.generation_config.updated(**options)
+
+    def chat(self, messages: Sequence[Message] = (), **room_and_options: Any) -> ChatSession:
+        """A talk: `chat = vlm.chat(max_new_tokens=64)`, `chat.say("What is this?", images=["dog.png"])`.
+
+        Args:
+          messages: what was said before, as the processor takes it.
+          room_and_options: options as those of `generate`, `max_new_tokens` for each answer; `seed` gives each answer
+            random numbers of its own. And room that the session doubles when it is used up: `length` tokens (2048),
+            prompts and answers of all turns; `num_images` pictures (4). `piece`: tokens that are read at a time (64).
+
+        Raises:
+          ValueError: for a model that does not generate, a tokenizer without chats, options that cannot be served.
+        """
+        return ChatSession(self, messages, **room_and_options)
+
+    def encode_images(self, **inputs: Any) -> dict[str, Any]:
+        """The pictures among `inputs` as the model needs them, to use again: `inputs | vlm.encode_images(**inputs)`.
+
+        Returns:
+          `image_encoder_embeddings` or `perceiver_embeddings` [B, I, P, E] of IDEFICS, `image_embeds` [B, I, P, D] of
+          GLM-4V, `image_features` [A, E] of AltCLIP; and None in place of the pixels. Both forward pass and `generate`
+          take them with any prompt that has as many rows.
+
+        Raises:
+          ValueError: for a model without pictures, and inputs without them.
+        """
+        pixels = getattr(self.model, "pixel_input", None)
+        if pixels is None or inputs.get(pixels) is None:
+            expected = f"expected {pixels}" if pixels else f"{type(self.model).__name__} takes no pictures"
+            raise ValueError(f"no images to encode among {sorted(inputs)}: {expected}")
+        flags: dict[str, Any] = {"interpolate_pos_encoding": True} if inputs.get("interpolate_pos_encoding") else {}
+        return {pixels: None, **self(method="encode_images", **{pixels: inputs[pixels]}, **flags)}
+
+    def warmup(self, shapes: Mapping[str, Any], *, method: str | None = None, **options: Any) -> None:
+        """Compiles ahead, so that a later call with inputs of these shapes compiles nothing.
+
+            vlm.warmup({"input_ids": (4, 60), "attention_mask": (4, 60)})  # vlm(**inputs)
+            vlm.warmup(vlm.processor(prompt), method="generate", max_new_tokens=40)  # and all prompts of that bucket
+
+        Args:
+          shapes: for each input that the call will have its shape, or an array, whose shape and dtype count. A shape
+            speaks of int32 where the input's name ends in ids or mask, and of float32 elsewhere.
+          method: "generate", or a method of the module such as "encode_images"; None for the forward pass.
+          options: those of the later call: options of `generate`, booleans of the others.
+
+        Raises:
+          ValueError: as the call does.
+        """
+        inputs = blank_inputs(shapes)
+        if method != "generate":
+            jax.block_until_ready(self(method=method, **inputs, **options))
+            return
+        inputs.setdefault("attention_mask", np.ones_like(inputs["input_ids"]))
+        inputs, config = self._inputs_and_config(inputs | options)
+        tokenizer = None if self.processor is None else self.processor.tokenizer
+        with self.placed():
+            generation.compile_ahead(self.model, self.params, inputs, config, tokenizer=tokenizer)
 
     def get_text_features(self, **inputs: Any) -> jax.Array:
         """Texts in the space they share with images, [B, projection_dim], not normalised."""

@@ -1,7 +1,9 @@
 """What every test runs under: the CPU, full precision, no network, and checked shapes."""
 
 import importlib.util
+import logging
 import os
+from collections.abc import Callable, Iterator
 
 # One thread a process under pytest-xdist: the processes are as many as the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -9,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["FLAX_VLM_COMPILATION_CACHE"] = "off"  # of commands that tests start: they leave nothing with the user
 
 import hypothesis
 import jax
@@ -51,6 +54,19 @@ def x64():
     """float64 for this test only. For a part of a test, or a fixture of wider scope: `with jax.enable_x64(True):`."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def compiled(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], int]]:
+    """A function: how often something was compiled since it was last called."""
+
+    def count() -> int:
+        found = sum(record.message.startswith("compiling ") for record in caplog.records)
+        caplog.clear()
+        return found
+
+    with caplog.at_level(logging.INFO, logger="flax_vlm"):
+        yield count
 
 
 def pytest_collection_modifyitems(items):

@@ -7,71 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from flax import linen as nn
 from PIL import Image
 
 import flax_vlm
 from flax_vlm import cli
-from flax_vlm.cli import talk
-from flax_vlm.generation import GenerationConfig
-from flax_vlm.models.abstract import abstract_params
-from flax_vlm.models.glm4v import GLM4VConfig, GLM4VForConditionalGeneration, GLM4VVisionConfig
-from flax_vlm.pretrained import VLM
+from flax_vlm.chat import without_beginning
 from flax_vlm.processing import GLM4VProcessor
+from tests.talkers import tiny_glm4v
 
-TOKENIZER = Path(__file__).parent / "golden" / "glm4v" / "tokenizer"
-PAD, USER, ASSISTANT, OBSERVATION, BEGIN, END, NEWLINE, HELLO = 400, 407, 408, 409, 410, 411, 10, 352
 LIMIT = 8
-CONFIG = GLM4VConfig(
-    hidden_size=48,
-    num_layers=1,
-    num_attention_heads=4,
-    kv_channels=12,
-    ffn_hidden_size=40,
-    padded_vocab_size=420,
-    seq_length=256,
-    eos_token_id=(PAD, USER, OBSERVATION),
-    pad_token_id=PAD,
-    boi_token_id=BEGIN,
-    eoi_token_id=END,
-    vision_config=GLM4VVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_heads=2,
-        image_size=112,
-        num_positions=65,
-    ),
-)
 Run = Callable[..., tuple[str, str]]
-
-
-def talkative(model: GLM4VForConditionalGeneration, processor: GLM4VProcessor) -> Any:
-    """Random weights that say a line break, "hello", and words, which are read as they were written."""
-    rng = np.random.default_rng(0)
-
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        drawn = rng.normal(size=leaf.shape).astype(np.float32)
-        return 1 + 0.1 * drawn if "scale" in str(path[-1]) else (1 if "embeddings" in str(path) else 0.2) * drawn
-
-    params = jax.tree_util.tree_map_with_path(draw, nn.meta.unbox(abstract_params(model)))
-    words = params["transformer"]["embedding"]["word_embeddings"]["embedding"]
-    head = params["output_layer"]["kernel"]
-    texts = [processor.tokenizer.decode(index) for index in range(400)]
-    spoken = [index for index, text in enumerate(texts) if text[0] == " " and text[1:].isalpha() and text.isascii()]
-    head[:, np.setdiff1d(np.arange(head.shape[1]), spoken)] = 0
-    # Two channels of their own, which no layer reads or writes, say what follows these two.
-    for channel, (before, after) in enumerate([(ASSISTANT, NEWLINE), (NEWLINE, HELLO)]):
-        words[:, channel] = 0
-        words[before, channel], head[channel, after] = 15, 4
-    for name, layer in params["transformer"]["encoder"].items():
-        if name.startswith("layers"):
-            layer["input_layernorm"]["scale"][:2] = layer["post_attention_layernorm"]["scale"][:2] = 0
-            layer["self_attention"]["dense"]["kernel"][:, :2] = layer["mlp"]["down_proj"]["kernel"][:, :2] = 0
-    return params
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for i in range(2):
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    processor, model = GLM4VProcessor.from_dir(TOKENIZER), GLM4VForConditionalGeneration(CONFIG)
-    params = talkative(model, processor)
-    greedy = GenerationConfig(eos_token_id=CONFIG.eos_token_id, pad_token_id=PAD)
-    sampling = replace(greedy, do_sample=True, temperature=0.8, top_p=0.8)
-    for name, config in (("greedy", greedy), ("sampling", sampling)):
-        VLM(model, params, processor, config).save_pretrained(folder / name)
+    tiny = tiny_glm4v()
+    tiny.save_pretrained(folder / "greedy")
+    assert tiny.generation_config is not None
+    tiny.generation_config = replace(tiny.generation_config, do_sample=True, temperature=0.8, top_p=0.8)
+    tiny.save_pretrained(folder / "sampling")
     return folder
 
 
@@ -159,23 +105,8 @@ def test_mistakes_of_generate(run: Run, arguments: list[str], message: str) -> N
 
 def test_what_the_layout_has_in_front_is_not_printed() -> None:
     glm4v: Any = SimpleNamespace(processor=GLM4VProcessor)
-    assert list(talk._answer(glm4v, iter(["\n", "A", "\n", "\ndog"]))) == ["", "A", "\n", "\ndog"]
-    assert list(talk._answer(glm4v, iter(["A\n", "\ndog"]))) == ["A\n", "\ndog"]
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """For each answer: how many tokens the model has read for it, and how many pictures."""
-    found = []
-    generate = VLM.generate
-
-    def recorded(self: VLM, **inputs: Any) -> Any:
-        shape = np.shape(inputs.get("images"))
-        found.append((inputs["input_ids"].shape[1], shape[1] if len(shape) == 5 else int(bool(shape))))
-        return generate(self, **inputs)
-
-    monkeypatch.setattr(VLM, "generate", recorded)
-    return found
+    assert list(without_beginning(glm4v, iter(["\n", "A", "\n", "\ndog"]))) == ["", "A", "\n", "\ndog"]
+    assert list(without_beginning(glm4v, iter(["A\n", "\ndog"]))) == ["A\n", "\ndog"]
 
 
 def replies(vlm: Any, *turns: Any) -> str:
@@ -190,10 +121,8 @@ def replies(vlm: Any, *turns: Any) -> str:
     return "".join(f"{answer}\n" for answer in answers)
 
 
-def test_chat_reads_what_is_new(run: Run, vlm: Any, reads: list[tuple[int, int]]) -> None:
+def test_chat(run: Run, vlm: Any) -> None:
     out, err = run("chat", lines="/image 0.png\nhello\nworld\n/image 1.png\nis\n")
-    first = len("[gMASK] <sop> <|user|> \\n begin placeholder end hello <|assistant|>".split())
-    assert reads == [(first, 1), (4, 0), (7, 1)]
     assert out == replies(vlm, ["hello", Path("0.png")], "world", ["is", Path("1.png")])
     assert len(err.splitlines()) == 1
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from . import checks, evaluate, pictures, plan, records, talk, train, weights  # noqa: F401, they register their commands
 from .app import app
+from .compile_cache import keep_compiled
 
 _ABOUT = (
     "Vision-language models in JAX: convert checkpoints from and to PyTorch, and use them. --debug shows tracebacks."
@@ -14,7 +15,12 @@ _MISTAKES = (ValueError, OSError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; exit code 2 and one sentence for a mistake of the caller's (with --debug, a traceback)."""
+    """Runs a command; exit code 2 and one sentence for a mistake of the caller's (with --debug, a traceback).
+
+    Without `arguments` it is the program of this process, takes those of the process, and keeps what it compiles.
+    """
+    if arguments is None:
+        keep_compiled()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import tyro
 
-from . import talk
 from .app import app
 from .weights import DType
 
@@ -47,6 +46,7 @@ def evaluate(
     from tqdm import tqdm
 
     from flax_vlm import from_pretrained
+    from flax_vlm.chat import tokens_of_the_layout
     from flax_vlm.training import evaluation
     from flax_vlm.training.data import records
 
@@ -79,7 +79,7 @@ def evaluate(
     begin = time.perf_counter()
     if answering:
         score = evaluation.vqa_accuracy if task == "vqa" else evaluation.exact_match
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False} | talk.tokens_of_the_layout(vlm)
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False} | tokens_of_the_layout(vlm)
         how |= {"template": template[0]} if template else {}
         figures = evaluation.question_answering(vlm, chosen, score, **how, **options)
     elif task == "zero-shot":

@@ -1,7 +1,7 @@
 """Commands for people who talk with a model about pictures."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ from .app import app
 from .weights import DType
 
 Pictures = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
-PLACE, END = "<image>", "<end_of_utterance>"
+PLACE = "<image>"
 _HELP = "/image PATH adds a picture to what you say next, /quit ends"
 
 
@@ -39,6 +39,8 @@ def generate(
         seed: Of sampling.
         dtype: Of the computation; by default that of the checkpoint.
     """
+    from flax_vlm.chat import tokens_of_the_layout, without_beginning
+
     if seed is not None and temperature is None:
         raise ValueError(f"--seed {seed} does nothing without --temperature: pass both, or neither")
     prompted = interleave(prompt.replace("\\n", "\n"), image)
@@ -53,13 +55,20 @@ def generate(
         pieces = iter([vlm.processor.decode(sequences[0, inputs["input_ids"].shape[1] :])])
     else:
         pieces = vlm.generate(**inputs, **options, stream=True)
-    for piece in _answer(vlm, pieces):
+    for piece in without_beginning(vlm, pieces):
         print(piece, end="", flush=True)
     print()
 
 
 @app.command
-def chat(model: tyro.conf.Positional[str], /, max_new_tokens: int = 256, dtype: DType | None = None) -> None:
+def chat(
+    model: tyro.conf.Positional[str],
+    /,
+    max_new_tokens: int = 256,
+    temperature: float | None = None,
+    seed: int | None = None,
+    dtype: DType | None = None,
+) -> None:
     """Talk with a model in the terminal. /image PATH adds a picture to what you say next, /quit ends.
 
     Ctrl-C stops an answer.
@@ -67,11 +76,16 @@ def chat(model: tyro.conf.Positional[str], /, max_new_tokens: int = 256, dtype: 
     Args:
         model: A checkpoint of a model that chats: a folder (PyTorch or native) or a repository on the Hub.
         max_new_tokens: The longest answer.
+        temperature: Sample with it; by default answers are chosen as the checkpoint says.
+        seed: Of sampling.
         dtype: Of the computation; by default that of the checkpoint.
     """
     from flax_vlm.processing import load_image
 
-    talk = _Chat(_load(model, dtype), max_new_tokens)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    options |= {} if temperature is None else {"do_sample": True, "temperature": temperature}
+    options |= {} if seed is None else {"seed": seed}
+    talk = _load(model, dtype).chat(**options)
     pictures: list[Any] = []
     prompt = "> " if sys.stdin.isatty() else ""
     print(_HELP, file=sys.stderr)
@@ -83,8 +97,9 @@ def chat(model: tyro.conf.Positional[str], /, max_new_tokens: int = 256, dtype: 
             elif command.startswith("/") and command[1:].isalpha():
                 print(f"{line}: {_HELP}", file=sys.stderr)
             elif line:
-                talk.say(line, pictures)
+                answer = talk.say(line, pictures, stream=True)
                 pictures = []
+                _print(answer)
         except (ValueError, OSError) as error:  # the talk is as it was before
             print(error, file=sys.stderr)
 
@@ -105,71 +120,14 @@ def interleave(prompt: str, images: Sequence[Path]) -> list[str | Path]:
     return [item for item in items if item != ""]
 
 
-class _Chat:
-    """The messages so far, and a cache that holds their tokens, so that the model reads no more than what is new.
-
-    It reads all again where the cache is full, where an answer was stopped, and where the layout writes an answer in
-    other tokens than the model did.
-    """
-
-    def __init__(self, vlm: Any, max_new_tokens: int) -> None:
-        self._vlm = vlm
-        self._limit = max_new_tokens
-        self._options = {"max_new_tokens": max_new_tokens} | tokens_of_the_layout(vlm)
-        self._messages: list[dict[str, Any]] = []
-        self._forget()
-        # What cannot be is said at once: too few tokens, a tokenizer that knows no chats.
-        vlm.generation_config.updated(**self._options)
-        self._read(self._messages_with("?", []))
-
-    def say(self, text: str, pictures: Sequence[Any]) -> None:
-        """Prints the answer as it comes."""
-        import numpy as np
-
-        from flax_vlm.generation import bucket_length
-
-        messages = self._messages_with(text, pictures)
-        inputs = self._read(messages)
-        ids, known = inputs["input_ids"][0], len(self._ids)
-        new = self._vlm.processor.after(inputs, known)
-        room = 0 if self._cache is None else self._cache.length - int(self._cache.index)
-        if known >= len(ids) or (ids[:known] != self._ids).any() or self._slots(new, len(ids)) > room:
-            self._forget()
-            new, known = inputs, 0
-            slots = self._slots(new, len(ids))
-            self._cache = self._vlm.model.init_cache(1, max(512, bucket_length(2 * slots)))  # for turns to come
-        cache, self._cache = self._cache, None  # it is used up, and has to come back
-        answer = ""
-        try:
-            stream = self._vlm.generate(**new, **self._options, cache=cache, stream=True)
-            for piece in _answer(self._vlm, stream):
-                print(piece, end="", flush=True)
-                answer += piece
-        except KeyboardInterrupt:
-            self._forget()
-        else:
-            self._cache, said = stream.output.cache, stream.output.sequences[0, len(ids) - known :]
-            self._ids = np.concatenate([ids, said])
-        print()
-        self._messages = [*messages, {"role": "assistant", "content": answer.strip()}]
-
-    def _forget(self) -> None:
-        self._cache: Any = None
-        self._ids: Any = []  # what it holds, answers among them
-
-    def _slots(self, inputs: Mapping[str, Any], tokens: int) -> int:
-        """How many slots of a cache inputs and answer take; `tokens` are those of the whole talk."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        extra = getattr(self._vlm.model, "extra_slots", None)
-        pictures = 0 if extra is None else extra(ids, mask, inputs, tokens + self._limit)
-        return ids.shape[1] + pictures + self._limit
-
-    def _messages_with(self, text: str, pictures: Sequence[Any]) -> list[dict[str, Any]]:
-        content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
-        return [*self._messages, {"role": "user", "content": content}]
-
-    def _read(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._vlm.processor(messages, add_generation_prompt=True)
+def _print(answer: Any) -> None:
+    """The answer as it comes, which Ctrl-C stops."""
+    try:
+        for piece in answer:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print()
 
 
 def _load(model: str, dtype: str | None) -> Any:
@@ -181,25 +139,6 @@ def _load(model: str, dtype: str | None) -> Any:
     if vlm.processor is None:
         raise ValueError(f"{model}: expected the files of a tokenizer beside the weights. Copy them from the original")
     return vlm
-
-
-def tokens_of_the_layout(vlm: Any) -> dict[str, Any]:
-    """Options by which the token that ends an utterance ends the answer, and those for pictures cannot be said."""
-    tokenizer, config = vlm.processor.tokenizer, vlm.generation_config
-    ids = {token: tokenizer.backend.token_to_id(token) for token in (END, *tokenizer.additional_special_tokens)}
-    end = ids.pop(END)
-    return {
-        "eos_token_id": [*config.stop_ids, *([] if end is None else [end])],
-        "bad_words_ids": [*(config.bad_words_ids or []), *([index] for index in ids.values() if index is not None)],
-    }
-
-
-def _answer(vlm: Any, pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces of an answer without what the layout has in front of it."""
-    begins = vlm.processor.answer_begins
-    for piece in pieces:
-        yield piece.removeprefix(begins)
-        begins = ""
 
 
 def _next_line(prompt: str) -> str | None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from . import talk
 from .app import app
 
 if TYPE_CHECKING:
@@ -111,6 +110,7 @@ def _answers(vlm: Any, prompts: Sequence[list[Any]], model: Any, params: Mapping
     """What the model in training says."""
     import numpy as np
 
+    from flax_vlm.chat import tokens_of_the_layout
     from flax_vlm.pretrained import VLM
     from flax_vlm.processing import load_image
     from flax_vlm.training.metrics import Sample
@@ -118,7 +118,7 @@ def _answers(vlm: Any, prompts: Sequence[list[Any]], model: Any, params: Mapping
     now: Any = VLM(model, params, vlm.processor, vlm.generation_config, vlm.mesh, vlm.rules)
     are_chats = isinstance(prompts[0][0], Mapping)
     inputs = vlm.processor(prompts, **({"add_generation_prompt": True} if are_chats else {}))
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | talk.tokens_of_the_layout(vlm)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | tokens_of_the_layout(vlm)
     sequences = now.generate(**inputs, **options).sequences[:, inputs["input_ids"].shape[1] :]
     for prompt, answer in zip(prompts, vlm.processor.batch_decode(sequences), strict=True):
         items = _items(prompt) if are_chats else prompt

@@ -86,6 +86,8 @@ def stream(
     bucket: Callable[[int], int] | None = bucket_length,
     text_stream: Callable[[], TextStream] | None = None,
     chunk: int = 8,
+    piece: int | None = None,
+    history: Int32[np.ndarray, "B H"] | None = None,
 ) -> Stream:
     """`generate` in pieces, from the same compiled program: an iterator over what is new, `chunk` tokens at a time.
 
@@ -93,6 +95,10 @@ def stream(
       text_stream: makes what turns the ids of one answer into text; the pieces are then what the text has grown by, a
         string, or of several answers a list of them. Without it they are ids [rows, new], filled as the sequences are.
       chunk: fewer tokens come sooner, more of them ask the device less often.
+      piece: read the prompt so many tokens at a time, into a cache that has to be given: one program for prompts of
+        every length, and what fills the last piece takes no slots.
+      history: the tokens that the answer follows, those in the cache among them, for penalties and stop strings; by
+        default those of `inputs`.
 
     Raises:
       ValueError: as `generate`, and for beams, of which nobody knows the first word before the last.
@@ -102,7 +108,7 @@ def stream(
         raise ValueError(f"num_beams={config.num_beams}: beams cannot be streamed. Use generate, or num_beams=1")
     if chunk < 1:
         raise ValueError(f"chunk: expected 1 token or more, got {chunk}")
-    request = make_request(model, inputs, config, tokenizer, cache, bucket)
+    request = make_request(model, inputs, config, tokenizer, cache, bucket, piece, history)
     return Stream(model, params, request, text_stream, chunk)
 
 
@@ -134,6 +140,11 @@ class Stream(Iterator[Any]):
         """The answers so far."""
         return _output(self._request, self._state)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether an exception came while the state was with the device: there is no output then."""
+        return self._state.logits.is_deleted()
+
     def _chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """New ids [rows, new], and how many of them are the row's own."""
         wanted = 1  # the first token comes alone, so that nobody waits for a whole chunk
@@ -161,9 +172,30 @@ def _said(texts: list[str]) -> Iterator[str | list[str]]:
         yield texts[0] if len(texts) == 1 else texts
 
 
+def compile_ahead(
+    model: Any,
+    params: Any,
+    inputs: Mapping[str, Any],
+    config: GenerationConfig,
+    *,
+    tokenizer: Any = None,
+    cache: KVCache | None = None,
+) -> None:
+    """Compiles all that `generate` and `stream` will run for inputs of these shapes, by running it for one token."""
+    request = make_request(model, inputs, config, tokenizer, cache)
+    state = begin_request(model, params, request)
+    state = decode(model, request.plan, params, request.options, state, np.int32(min(1, request.limit)))
+    if isinstance(state, Decoding) and not request.gives_cache:
+        state = conclude(request.plan, request.options, state)
+    jax.block_until_ready(state.logits)
+
+
 def begin_request(model: Any, params: Any, request: Request) -> State:
     """The state after the prompt."""
-    logits, cache = prefill(model, request.slots, request.flags, params, request.inputs, request.cache)
+    logits, cache = None, request.cache
+    for inputs, count in request.readings():
+        logits, cache = prefill(model, request.slots, request.flags, params, inputs, cache, count)
+    assert logits is not None and cache is not None, "a prompt has a token"
     vocabulary = logits.shape[-1]
     unknown = sorted({i for word in request.config.bad_words for i in word if i >= vocabulary})
     if unknown:

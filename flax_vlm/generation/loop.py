@@ -35,14 +35,27 @@ AnyState = TypeVar("AnyState", bound=State)
 
 @partial(jax.jit, static_argnames=("model", "slots", "flags"), donate_argnames="cache")
 def prefill(
-    model: Any, slots: int, flags: tuple[tuple[str, Any], ...], params: Any, inputs: dict[str, Array], cache: Any
+    model: Any,
+    slots: int,
+    flags: tuple[tuple[str, Any], ...],
+    params: Any,
+    inputs: dict[str, Array],
+    cache: Any,
+    count: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """Reads the prompt, into a new cache of `slots` slots (`cache` is None) or behind what the given one holds."""
+    """Reads the prompt, into a new cache of `slots` slots (`cache` is None) or behind what the given one holds.
+
+    Of a piece of a prompt the first `count` tokens are read; those behind them fill it, and the next piece takes their
+    slots.
+    """
     batch, length = inputs["input_ids"].shape
     logger.info("compiling the prefill of %s for %d x %d tokens", type(model).__name__, batch, length)
     if cache is None:
         cache = model.init_cache(batch, slots, model.dtype)
-    return ask(model, params, cache, **inputs, **dict(flags))
+    if count is None:
+        return ask(model, params, cache, **inputs, **dict(flags))
+    logits, after = ask(model, params, cache, keep=count[None] - 1, **inputs, **dict(flags))
+    return logits, after.replace(index=cache.index + count)
 
 
 @partial(jax.jit, static_argnames="copies")
@@ -60,8 +73,8 @@ def begin(plan: Plan, prompt: Prompt, options: Options, logits: Float[Array, "R 
     length = prompt_ids.shape[1]
     # The prompt's ids end where its slots do, also for a model that has put an image into more slots than ids.
     ids = jnp.where(mask, prompt_ids, NO_TOKEN)
-    tokens = jnp.full((len(ids), cache.length), NO_TOKEN, jnp.int32)
-    tokens = lax.dynamic_update_slice_in_dim(tokens, ids, cache.index - length, axis=1)
+    tokens = jnp.pad(ids, ((0, 0), (cache.length - length, 0)), constant_values=NO_TOKEN)
+    tokens = jnp.roll(tokens, cache.index, axis=1)
     seen = None
     if options.repetition_penalty is not None:
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(len(ids))[:, None], ids].set(True, mode="drop")

@@ -6,7 +6,7 @@ B prompts   T tokens as given   S slots of the cache
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,6 +46,19 @@ class Request:
     input_ids: Int32[np.ndarray, "B T"]  # as given
     limit: int  # new tokens
     cache: KVCache | None
+    piece: int | None  # the prompt is read so many tokens at a time, and not all at once
+    along_tokens: frozenset[str]  # names of the inputs whose axis 1 is that of the tokens
+
+    def readings(self) -> Iterator[tuple[dict[str, Any], np.int32 | None]]:
+        """The inputs of each call that reads the prompt, and how many of their tokens count; None for all."""
+        if self.piece is None:
+            yield self.inputs, None
+            return
+        length = self.input_ids.shape[1]
+        for start in range(0, length, self.piece):
+            part = slice(start, start + self.piece)
+            cut = {name: self.inputs[name][:, part] for name in self.along_tokens & self.inputs.keys()}
+            yield self.inputs | cut, np.int32(min(self.piece, length - start))
 
     @property
     def gives_cache(self) -> bool:
@@ -60,6 +73,8 @@ def make_request(
     tokenizer: Any = None,
     cache: KVCache | None = None,
     bucket: Callable[[int], int] | None = bucket_length,
+    piece: int | None = None,
+    history: Int32[np.ndarray, "B H"] | None = None,
 ) -> Request:
     """Raises ValueError for inputs that do not belong together, or that the cache has no room for."""
     arrays = {name: value for name, value in inputs.items() if value is not None}
@@ -71,6 +86,8 @@ def make_request(
         if cache.may_attend.shape[0] != batch:
             raise ValueError(f"the cache has {cache.may_attend.shape[0]} rows, and there are {batch} prompts")
     limit, least = config.new_tokens(length, continued=cache is not None)
+    if piece is not None and (piece < 1 or cache is None):
+        raise ValueError(f"piece={piece}: expected 1 token or more, and a cache for them, as model.init_cache gives it")
     round_up = bucket or int
     extra = _extra_slots(model, arrays, input_ids, mask, limit, cache)
     if cache is None:
@@ -79,35 +96,36 @@ def make_request(
     else:
         slots = cache.length
         used = int(cache.index)
-        room = slots - used - limit - extra
+        whole = length if piece is None else -(-length // piece) * piece
+        room = min(slots - used - limit - extra, slots - used - whole + length)
         if length > room:
             raise ValueError(
                 f"the cache has {slots} slots, {used} of them used: {length + extra} tokens and {limit} new ones "
                 "do not fit. Create it with a larger length, or pass a smaller max_new_tokens"
             )
-        padded = min(round_up(length), room)
+        padded = min(round_up(length), room) if piece is None else whole
 
     flags = {name: arrays.pop(name) for name, value in list(arrays.items()) if isinstance(value, bool | str)}
     along_tokens = frozenset(getattr(model, "token_inputs", ()))
-    for name, value in arrays.items():
-        if name in along_tokens:
-            shape = np.shape(value)
-            if shape[:2] != (batch, length):
-                raise ValueError(f"{name} has shape {shape}: expected {(batch, length)} in front, as input_ids")
-            arrays[name] = _padded(np.asarray(value), padded, value)
+    for name in along_tokens & arrays.keys():
+        shape = np.shape(arrays[name])
+        if shape[:2] != (batch, length):
+            raise ValueError(f"{name} has shape {shape}: expected {(batch, length)} in front, as input_ids")
+        arrays[name] = _filled(arrays[name], padded) if piece else _padded(arrays[name], padded, arrays[name])
+    tokens: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
+    for name, fill in {"input_ids": config.fill_id, "attention_mask": 0}.items():
+        given = tokens[name]
+        tokens[name] = _filled(given, padded, fill) if piece else _padded(given, padded, inputs.get(name), fill)
 
     table = None
     if config.stop_texts:
         if tokenizer is None:
             raise ValueError("stop_strings need the tokenizer: pass tokenizer=")
         table = stop_table(tokenizer, config.stop_texts)
-    tokens = {
-        "input_ids": _padded(input_ids, padded, inputs["input_ids"], config.fill_id),
-        "attention_mask": _padded(mask, padded, inputs.get("attention_mask")),
-    }
+    said, is_said = (input_ids, mask) if history is None else (history, np.ones(history.shape, bool))
     prompt = Prompt(
-        **tokens,
-        stop_state=None if table is None else jnp.asarray(stop_states(table, input_ids, mask)),
+        **{"input_ids": _padded(said, slots), "attention_mask": _padded(is_said, slots)} if piece else tokens,
+        stop_state=None if table is None else jnp.asarray(stop_states(table, said, is_said)),
         seeds=_seeds(config, batch) if config.do_sample else None,
     )
     keep = tuple(name for name in ("scores", "logits") if getattr(config, f"output_{name}"))
@@ -128,6 +146,8 @@ def make_request(
         input_ids=input_ids,
         limit=limit,
         cache=cache,
+        piece=piece,
+        along_tokens=along_tokens | tokens.keys(),
     )
 
 
@@ -204,11 +224,19 @@ def _extra_slots(
     if not hasattr(model, "extra_slots"):
         return 0
     past = 0 if cache is None else np.asarray(cache.next_position)
-    return model.extra_slots(input_ids, mask, arrays, int((past + mask.sum(-1)).max()) + limit)
+    ends = past + mask.sum(-1) if "position_ids" not in arrays else np.max(arrays["position_ids"]) + 1
+    return model.extra_slots(input_ids, mask, arrays, int(np.max(ends)) + limit)
 
 
-def _padded(array: np.ndarray, length: int, given: Any, fill: int = 0) -> Array:
+def _filled(array: Any, length: int, fill: int | None = None) -> np.ndarray:
+    """`array` with more columns on the right, of `fill` or as the last one."""
+    widths = [(0, 0), (0, length - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
+    return np.pad(array, widths, "edge") if fill is None else np.pad(array, widths, constant_values=fill)
+
+
+def _padded(array: Any, length: int, given: Any = None, fill: int = 0) -> Array:
     """`array` with more columns on the left, and where `given` is, which may be spread over a mesh."""
+    array = np.asarray(array)
     widths = [(0, 0), (length - array.shape[1], 0)] + [(0, 0)] * (array.ndim - 2)
     array = np.pad(array, widths, constant_values=fill)
     return jax.device_put(array, given.sharding) if isinstance(given, jax.Array) else jnp.asarray(array)

@@ -2,14 +2,21 @@
 
 A model is a linen module with
     init_cache(batch_size, length, dtype)   an empty KVCache
-    __call__(input_ids, attention_mask, cache, logits_to_keep=1, deterministic=True, **images)
+    __call__(input_ids, attention_mask, cache, logits_to_keep=1 or [index], deterministic=True, **images)
                                             the mask speaks of the new tokens; returns `logits` [B, 1, V] and `cache`
     token_inputs                            names of further inputs whose axis 1 runs along the prompt's tokens
     extra_slots(input_ids, attention_mask, inputs, positions)
                                             may be absent; how many slots the prompt takes besides those of its ids.
                                             `positions` is how many prompt and answer have; ValueError for too many,
                                             and for further inputs (on the host, not padded) that do not fit the ids
-It counts positions by its cache, and needs images once, with the prompt.
+It counts positions by its cache, and needs images once, with the prompt. For chats it also has
+    pixel_input             the name of the input that pictures come in; absent where it takes none
+    encode_images(pixels)   what it makes of them, {name: [B, I, ...]}, which is taken in their place
+    init_cache(..., num_images), empty_encodings(batch_size, num_images)
+                            a cache with room for so many besides the tokens, and encodings of nothing
+    lay_out(inputs, num_images)
+                            on the host: the inputs of a prompt as arrays of one entry a slot, [1, S, ...], in which
+                            pictures stand that come encoded, I = num_images: any stretch of them can be read by itself
 
 B rows   T prompt tokens   S slots of the cache   V vocabulary   N steps kept
 """
@@ -77,7 +84,12 @@ class Decoding(State):
         return ~self.done.all()
 
 
-def ask(model: Any, params: Any, cache: KVCache, **inputs: Any) -> tuple[Float[Array, "B V"], KVCache]:
-    """The model's logits for what comes next, in the float32 that transformers decides in, and its cache."""
-    out = model.apply({"params": params}, cache=cache, logits_to_keep=1, deterministic=True, **inputs)
+def ask(
+    model: Any, params: Any, cache: KVCache, keep: int | Int[Array, " 1"] = 1, **inputs: Any
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """The model's logits for what comes next, in the float32 that transformers decides in, and its cache.
+
+    What comes next follows the last of the inputs, or the one at the index `keep`.
+    """
+    out = model.apply({"params": params}, cache=cache, logits_to_keep=keep, deterministic=True, **inputs)
     return out.logits[:, -1].astype(jnp.float32), out.cache

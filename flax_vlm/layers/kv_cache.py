@@ -119,6 +119,14 @@ class KVCache(struct.PyTreeNode):
 
         return self.replace(layers=jax.tree.map(move, self.layers))
 
+    def rewind(self, index: int, positions: Int[Array, " B"] | None = None) -> KVCache:
+        """As before the slots from `index` on were written; a cache that counts positions is told the next ones."""
+        return self.replace(
+            may_attend=self.may_attend & (jnp.arange(self.length) < index),
+            index=jnp.int32(index),
+            positions=None if self.positions is None else positions,
+        )
+
     def advance(self, num_tokens: int, layers: Sequence[KeyValue]) -> KVCache:
         """After a call: the layers as written, the index past the new tokens."""
         return self.replace(layers=tuple(layers), index=self.index + num_tokens)

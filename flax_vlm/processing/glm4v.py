@@ -149,16 +149,6 @@ class GLM4VProcessor:
     def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
         return [self.decode(row, skip_special_tokens) for row in rows]
 
-    def after(self, inputs: Mapping[str, np.ndarray], known: int) -> dict[str, np.ndarray]:
-        """What is left of one prompt's inputs for a cache that holds its first `known` tokens."""
-        ids = inputs["input_ids"]
-        left = {name: inputs[name][:, known:] for name in ("input_ids", "attention_mask")}
-        if "images" in inputs:
-            images = inputs["images"].reshape(len(ids), -1, *inputs["images"].shape[-3:])
-            seen = int((ids[:, :known] == self._special(PICTURE[0])).sum())
-            left |= {"images": _single(images[:, seen:])} if seen < images.shape[1] else {}
-        return left
-
     def _ids(self, turns: Sequence[Turn], answers: bool) -> list[int]:
         ids = [self._special(token) for token in GLM4_BEGINNING]
         for turn in turns:

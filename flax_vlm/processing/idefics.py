@@ -149,16 +149,6 @@ class IdeficsProcessor:
     def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
         return self.tokenizer.batch_decode(rows, skip_special_tokens)
 
-    def after(self, inputs: Mapping[str, np.ndarray], known: int) -> dict[str, np.ndarray]:
-        """What is left of one prompt's inputs for a cache that holds its first `known` tokens.
-
-        All pictures, where there are new ones: they replace those of the cache.
-        """
-        left = {name: array if name == "pixel_values" else array[:, known:] for name, array in inputs.items()}
-        if not (left["input_ids"] == self.tokenizer.backend.token_to_id(IMAGE)).any():
-            left.pop("pixel_values", None)
-        return left
-
     def _with_tokens(self, items: list[str | Picture], add_eos_token: bool) -> str:
         """The prompt as one text; pictures that follow each other share the token between them."""
         text, before = self.tokenizer.special_token("bos_token"), ""

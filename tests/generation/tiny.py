@@ -18,6 +18,7 @@ from flax_vlm.layers.feed_forward import MLP
 from flax_vlm.layers.kv_cache import KeyValue, KVCache
 from flax_vlm.layers.linear import Dense
 from flax_vlm.layers.norms import LayerNorm
+from flax_vlm.models.outputs import states_to_keep
 
 VOCAB, POSITIONS, WIDTH, HEADS, LAYERS = 40, 256, 16, 2, 2
 PAD = 1
@@ -65,7 +66,7 @@ class TinyDecoder(nn.Module):
         cache: KVCache | None = None,
         pictures: Float[Array, "B T"] | None = None,
         negative: bool = False,
-        logits_to_keep: int = 0,
+        logits_to_keep: Any = 0,
         deterministic: bool = True,
     ) -> TinyOutput:
         length = input_ids.shape[1]
@@ -82,7 +83,7 @@ class TinyDecoder(nn.Module):
         for i, memory in enumerate(cache.layers):
             x, memory = TinyLayer(self.width, self.dtype, name=f"h_{i}")(x, memory, cache.index, cache.mask(length))
             memories.append(memory)
-        x = LayerNorm(dtype=self.dtype, name="ln_f")(x)[:, -logits_to_keep:]
+        x = states_to_keep(LayerNorm(dtype=self.dtype, name="ln_f")(x), logits_to_keep)
         logits = Dense(self.vocab, use_bias=False, dtype=self.dtype, name="lm_head")(x)
         return TinyOutput(logits, cache.advance(length, memories) if given else None)
 

@@ -139,18 +139,6 @@ def test_several_pictures_and_later_ones(processor: GLM4VProcessor) -> None:
     np.testing.assert_array_equal(rounded[:, :3], ours["images"][:1])
 
 
-def test_what_is_left_behind_a_cache(processor: GLM4VProcessor) -> None:
-    first = [user(DOG, "hello"), {"role": "assistant", "content": "world"}]
-    known = processor(first)["input_ids"].shape[1]
-    later = processor([*first, user(CAT, "hello")])
-    ids = later["input_ids"][:, known:]
-    expected = {"input_ids": ids, "attention_mask": np.ones_like(ids), "images": processor([CAT])["images"]}
-    assert ids[0, 0] == 407 and later["images"].shape[1] == 2
-    assert_same(processor.after(later, known), expected)
-    assert processor.after(processor([*first, user("hello")]), known).keys() == {"input_ids", "attention_mask"}
-    assert_same(processor.after(later, 0), later)
-
-
 def test_widths_and_sides(processor: GLM4VProcessor) -> None:
     batch = [["hello world"], ["hello"]]
     assert processor(batch, pad_to_multiple_of=16)["input_ids"].shape == (2, 16)

@@ -30,7 +30,7 @@ class AltCLIPOutput(struct.PyTreeNode):
     text_embeds: Float[Array, "B E"]
     image_embeds: Float[Array, "A E"]
     text_model_output: ModelOutput
-    vision_model_output: ModelOutput
+    vision_model_output: ModelOutput | None = None
     loss: Float[Array, ""] | None = None
 
 
@@ -91,6 +91,7 @@ class AltCLIPModel(Tower):
     """Texts and images to embeddings, and to the logits of every text against every image."""
 
     config: AltCLIPConfig
+    pixel_input = "pixel_values"
 
     def setup(self) -> None:
         config = self.config
@@ -140,6 +141,12 @@ class AltCLIPModel(Tower):
         output = self.vision_model(pixel_values, interpolate_pos_encoding, deterministic=deterministic)
         return self.visual_projection(_pooled(output))
 
+    def encode_images(
+        self, pixel_values: Float[Array, "A height width C"], **flags: bool
+    ) -> dict[str, Float[Array, "A E"]]:
+        """`get_image_features`, by the name of the input that takes them in place of `pixel_values`."""
+        return {"image_features": self.get_image_features(pixel_values, **flags)}
+
     def __call__(
         self,
         input_ids: Int[Array, "B T"] | None = None,
@@ -149,6 +156,7 @@ class AltCLIPModel(Tower):
         position_ids: Int[Array, "#B T"] | None = None,
         inputs_embeds: Float[Array, "B T D"] | None = None,
         *,
+        image_features: Float[Array, "A E"] | None = None,
         return_loss: bool = False,
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool = False,
@@ -159,21 +167,27 @@ class AltCLIPModel(Tower):
         Args:
           input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: see `AltRobertaModel`.
           pixel_values: channels-last.
+          image_features: what `encode_images` made of them, instead; there is no `vision_model_output` then.
           return_loss: also the contrastive loss; text i belongs to image i.
 
         Raises:
           ValueError: for missing images or texts, or shapes that do not fit.
         """
-        if pixel_values is None:
-            raise ValueError("You have to specify pixel_values; for texts alone use get_text_features")
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("expected pixel_values or image_features, one of them")
         flags: dict[str, Any] = {
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
             "deterministic": deterministic,
         }
-        vision = self.vision_model(pixel_values, interpolate_pos_encoding, **flags)
+        vision = None
+        if pixel_values is not None:
+            vision = self.vision_model(pixel_values, interpolate_pos_encoding, **flags)
+            image_features = self.visual_projection(_pooled(vision))
+        elif image_features is None:
+            raise ValueError("You have to specify pixel_values; for texts alone use get_text_features")
         text = self.text_model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **flags)
-        image_embeds = _normalised(self.visual_projection(_pooled(vision)))
+        image_embeds = _normalised(image_features)
         text_embeds = _normalised(self.text_projection(_pooled(text)))
         scale = jnp.exp(self.logit_scale.astype(text_embeds.dtype))
         logits_per_text = text_embeds @ image_embeds.T * scale

@@ -155,6 +155,11 @@ class GLM4VConfig:
         return self.seq_length
 
     @property
+    def more_slots(self) -> int:
+        """How many slots a picture takes besides those of its three ids."""
+        return 0 if self.vision_config is None else self.vision_config.num_patches - 1
+
+    @property
     def picture_ids(self) -> tuple[int, int]:
         """Begin and end of a picture; ValueError where the model has none."""
         if self.boi_token_id is None or self.eoi_token_id is None:

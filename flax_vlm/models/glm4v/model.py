@@ -32,7 +32,7 @@ from flax_vlm.models.base import Block, Tower
 from flax_vlm.models.decoder import Context, predict
 from flax_vlm.models.glm4v.config import GLM4VConfig
 from flax_vlm.models.glm4v.decoder import ChatGLMTransformer
-from flax_vlm.models.glm4v.splice import Slots, check_pictures, splice
+from flax_vlm.models.glm4v.splice import NO_VECTOR, Slots, check_pictures, lay_out, splice
 from flax_vlm.models.glm4v.vision import EVA2CLIPModel
 from flax_vlm.models.outputs import states_to_keep
 
@@ -89,6 +89,7 @@ class GLM4VModel(Tower):
     """Ids and images to states [B, S, D]; the decoder alone where the config has no `vision_config`."""
 
     config: GLM4VConfig
+    pixel_input = "images"
 
     def setup(self) -> None:
         self.embedding = GLM4VEmbedding(self.config, **self.run)
@@ -106,9 +107,12 @@ class GLM4VModel(Tower):
         return {"input_ids": ids, **EVA2CLIPModel(config).example_inputs()}
 
     @nn.nowrap
-    def init_cache(self, batch_size: int, length: int, dtype: Dtype | None = None) -> KVCache:
-        """An empty cache of `length` slots a row; a picture takes P + 2 of them."""
+    def init_cache(
+        self, batch_size: int, length: int, dtype: Dtype | None = None, num_images: int | None = None
+    ) -> KVCache:
+        """An empty cache of `length` slots a row, P + 2 of them for a picture; or of so many ids and `num_images`."""
         config = self.config
+        length += config.more_slots * (num_images or 0)
         heads = [config.multi_query_group_num] * config.num_layers
         cache = KVCache.create(batch_size, length, heads, config.kv_channels, dtype or self.dtype)
         return cache.replace(positions=jnp.zeros(batch_size, jnp.int32))
@@ -121,6 +125,8 @@ class GLM4VModel(Tower):
         inputs_embeds: Float[Array, "B L D"] | None = None,
         *,
         images: Float[Array, "B *I height width C"] | None = None,
+        image_embeds: Float[Array, "B I P D"] | None = None,
+        image_slots: Int[Array, "B L"] | None = None,
         segment_ids: Int[Array, "B L"] | None = None,
         cache: KVCache | None = None,
         output_hidden_states: bool = False,
@@ -136,6 +142,8 @@ class GLM4VModel(Tower):
           inputs_embeds: what stands in the slots, pictures included; mask and positions are then those of the slots.
           images: [B, height, width, C], or several a row, [B, I, height, width, C]; channels-last. Each stands where
             the ids begin, placeholder, end are, in their order; a row that names fewer leaves its last ones unused.
+          image_embeds: what `encode_images` made of them, instead.
+          image_slots: where the ids are those of slots already: which vector of `image_embeds` stands there, or -1.
           segment_ids: the document of each id, where a row holds several: 1, 2 ..., and 0 for padding.
 
         Raises:
@@ -144,7 +152,7 @@ class GLM4VModel(Tower):
         """
         if input_ids is not None and inputs_embeds is None:
             embedded = self.embedding(input_ids)
-        elif inputs_embeds is not None and input_ids is None and images is None:
+        elif inputs_embeds is not None and input_ids is None and images is None and image_embeds is None:
             embedded = inputs_embeds.astype(self.dtype)
         else:
             raise ValueError("expected input_ids, with images or without, or else inputs_embeds with them inside")
@@ -165,8 +173,14 @@ class GLM4VModel(Tower):
         next_position = jnp.maximum(past, jnp.where(is_token, position_ids + 1, 0).max(-1, initial=0))
 
         slots = vectors = None
-        if images is not None and input_ids is not None:
-            vectors = self._see(images, input_ids, is_token, deterministic)
+        if images is not None and image_embeds is not None:
+            raise ValueError("expected at most one of images and image_embeds")
+        if image_slots is not None and image_embeds is not None:
+            embedded = _place(image_embeds.astype(self.dtype), image_slots, embedded)
+        elif image_slots is not None:
+            raise ValueError("image_slots say where image_embeds stand: give both")
+        elif input_ids is not None and (images is not None or image_embeds is not None):
+            vectors = self._see(images, image_embeds, input_ids, is_token, deterministic)
             embedded, slots = self._put(vectors, embedded, input_ids, is_token)
             position_ids = slots.spread(position_ids)
             is_token = slots.spread(is_token) & slots.is_there
@@ -208,32 +222,69 @@ class GLM4VModel(Tower):
                     "the prompt, or generate fewer tokens"
                 )
 
-    def _see(self, images: Array, input_ids: Array, is_token: Array, deterministic: bool) -> Float[Array, "B I P D"]:
+    def _see(
+        self, images: Array | None, encoded: Array | None, input_ids: Array, is_token: Array, deterministic: bool
+    ) -> Float[Array, "B I P D"]:
         """The vectors of all pictures, if they fit the ids."""
         config, batch = self.config, len(input_ids)
+        given = encoded if images is None else images
+        assert given is not None
         if config.vision_config is None:
             raise ValueError("images came, and this is a text model: its config has no vision_config")
-        if images.ndim not in (4, 5) or len(images) != batch or not images.size:
+        if given.ndim not in (4, 5) or len(given) != batch or not given.size:
             raise ValueError(
-                f"images have shape {images.shape}: expected [{batch}, height, width, channels], or [{batch}, pictures "
+                f"images have shape {given.shape}: expected [{batch}, height, width, channels], or [{batch}, pictures "
                 "of a row, height, width, channels]. Rows of text alone need pictures too, of zeros say; leave images "
                 "out where no row has any"
             )
         if not isinstance(input_ids, Tracer) and not isinstance(is_token, Tracer):
-            number = 1 if images.ndim == 4 else images.shape[1]
-            check_pictures(np.asarray(input_ids), np.asarray(is_token), *config.picture_ids, number)
+            check_pictures(
+                np.asarray(input_ids), np.asarray(is_token), *config.picture_ids, _pictures_a_row(images, encoded)
+            )
+        return self._encode(given, deterministic) if encoded is None else encoded.astype(self.dtype)
+
+    def _encode(self, images: Array, deterministic: bool) -> Float[Array, "B I P D"]:
+        batch = len(images)
         vectors = self.vision(constrain(images.reshape(-1, *images.shape[-3:]), ROWS), deterministic)
         return constrain(vectors.reshape(batch, -1, *vectors.shape[1:]), ROWS)
+
+    def encode_images(
+        self, images: Float[Array, "B *I height width C"], *, deterministic: bool = True
+    ) -> dict[str, Float[Array, "B I P D"]]:
+        """The vectors that take the pictures' places, by the name of the input that takes them."""
+        return {"image_embeds": self._encode(images, deterministic)}
+
+    @nn.nowrap
+    def empty_encodings(self, batch_size: int, num_images: int) -> dict[str, Float[Array, "B I P D"]]:
+        """Those of no picture; nothing for a model of text."""
+        config = self.config
+        if config.vision_config is None:
+            return {}
+        shape = (batch_size, num_images, config.vision_config.num_patches + 2, config.hidden_size)
+        return {"image_embeds": jnp.zeros(shape, self.dtype)}
 
     def _put(
         self, vectors: Array, words: Array, input_ids: Array, is_token: Array
     ) -> tuple[Float[Array, "B S D"], Slots]:
         """The vectors of pictures in their places among the words."""
         slots = splice(input_ids, is_token, *self.config.picture_ids, vectors.shape[1], vectors.shape[2] - 2)
-        flat = vectors.reshape(len(words), -1, words.shape[-1])
-        seen = jnp.take_along_axis(flat, slots.vector[..., None], axis=1, mode="clip")
-        put = jnp.where(slots.is_picture[..., None], seen, slots.spread(words))
+        put = _place(vectors, jnp.where(slots.is_picture, slots.vector, NO_VECTOR), slots.spread(words))
         return jnp.where(slots.fits[:, None, None], put, jnp.nan), slots
+
+
+def _place(
+    vectors: Float[Array, "B I P D"], which: Int[Array, "B S"], words: Float[Array, "B S D"]
+) -> Float[Array, "B S D"]:
+    """The words, and the vectors of pictures where `which` names one."""
+    flat = vectors.reshape(len(words), -1, words.shape[-1])
+    seen = jnp.take_along_axis(flat, which[..., None], axis=1, mode="clip")
+    return jnp.where((which != NO_VECTOR)[..., None], seen, words)
+
+
+def _pictures_a_row(images: Any, encoded: Any) -> int:
+    if images is None:
+        return 0 if encoded is None else encoded.shape[1]
+    return images.shape[1] if images.ndim == 5 else 1
 
 
 class GLM4VForConditionalGeneration(Tower):
@@ -242,7 +293,8 @@ class GLM4VForConditionalGeneration(Tower):
     config: GLM4VConfig
 
     # Inputs besides ids and mask whose second axis is that of the tokens: padded with the prompt.
-    token_inputs = frozenset({"position_ids"})
+    token_inputs = frozenset({"position_ids", "image_slots"})
+    pixel_input = "images"
 
     def setup(self) -> None:
         config = self.config
@@ -260,9 +312,29 @@ class GLM4VForConditionalGeneration(Tower):
         return GLM4VModel(self.config).example_inputs()
 
     @nn.nowrap
-    def init_cache(self, batch_size: int, length: int, dtype: Dtype | None = None) -> KVCache:
-        """An empty cache of `length` slots a row; a picture takes P + 2 of them."""
-        return GLM4VModel(self.config, dtype=self.dtype).init_cache(batch_size, length, dtype)
+    def init_cache(
+        self, batch_size: int, length: int, dtype: Dtype | None = None, num_images: int | None = None
+    ) -> KVCache:
+        """See `GLM4VModel`."""
+        return GLM4VModel(self.config, dtype=self.dtype).init_cache(batch_size, length, dtype, num_images)
+
+    def encode_images(self, images: Float[Array, "B *I height width C"], **flags: bool) -> dict[str, Array]:
+        """See `GLM4VModel`."""
+        return self.transformer.encode_images(images, **flags)
+
+    @nn.nowrap
+    def empty_encodings(self, batch_size: int, num_images: int) -> dict[str, Array]:
+        """See `GLM4VModel`."""
+        return GLM4VModel(self.config, dtype=self.dtype).empty_encodings(batch_size, num_images)
+
+    @nn.nowrap
+    def lay_out(self, inputs: Mapping[str, np.ndarray], num_images: int) -> dict[str, np.ndarray]:
+        """See `flax_vlm.generation.state`."""
+        config, ids, mask = self.config, inputs["input_ids"], inputs["attention_mask"]
+        if config.vision_config is None:
+            return {"input_ids": ids, "attention_mask": mask}
+        check_pictures(ids, mask, *config.picture_ids, num_images)
+        return lay_out(ids, mask, *config.picture_ids, config.vision_config.num_patches)
 
     @nn.nowrap
     def extra_slots(
@@ -275,12 +347,11 @@ class GLM4VForConditionalGeneration(Tower):
                 f"prompt and new tokens need {positions} positions: expected at most seq_length, {config.seq_length}. "
                 "Shorten the prompt, or pass a smaller max_new_tokens"
             )
-        if config.vision_config is None:
+        if config.vision_config is None or "image_slots" in inputs:
             return 0
-        images = inputs.get("images")
-        number = 0 if images is None else images.shape[1] if images.ndim == 5 else 1
+        number = _pictures_a_row(inputs.get("images"), inputs.get("image_embeds"))
         check_pictures(input_ids, attention_mask, *config.picture_ids, number)
-        return number * (config.vision_config.num_patches - 1)
+        return number * config.more_slots
 
     def __call__(
         self,

@@ -25,6 +25,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from flax_vlm.layers.losses import IGNORED
 
+NO_VECTOR = -1  # of a slot where a word stands
+
 
 class Slots(struct.PyTreeNode):
     """What each slot holds.
@@ -83,6 +85,23 @@ def splice(
         vector=picture * (patches + 2) + vector,
         fits=fits,
     )
+
+
+def lay_out(
+    input_ids: np.ndarray, is_token: np.ndarray, begin: int, end: int, patches: int
+) -> dict[str, Int[np.ndarray, "1 S"]]:
+    """The slots of one row whose pictures fit, on the host: id, mask and position of each, and the vector it holds."""
+    _, triples, _ = _pictures(input_ids, is_token, begin, end, 0)
+    begins = np.flatnonzero(triples[0])
+    widths = np.ones(input_ids.shape[1], int)
+    widths[begins + 1] = patches
+    token = np.repeat(np.arange(len(widths)), widths)[None]
+    vector = np.full(token.shape, NO_VECTOR)
+    for picture, at in enumerate(begins + np.arange(len(begins)) * (patches - 1)):
+        vector[0, at : at + patches + 2] = picture * (patches + 2) + np.arange(patches + 2)
+    positions = np.maximum(np.cumsum(is_token != 0, axis=-1) - 1, 0)
+    along = {"input_ids": input_ids, "attention_mask": is_token, "position_ids": positions}
+    return {name: np.take_along_axis(array, token, axis=1) for name, array in along.items()} | {"image_slots": vector}
 
 
 def check_pictures(input_ids: np.ndarray, is_token: np.ndarray, begin: int, end: int, images: int) -> None:

@@ -164,6 +164,14 @@ class IdeficsConfig:
                 raise ValueError(f"{name} is {value}: expected one of {', '.join(get_args(allowed))}")
 
     @property
+    def image_tokens(self) -> int:
+        """What text looks at of a picture of the model's own size."""
+        vision = self.vision_config
+        if self.use_resampler:
+            return self.perceiver_config.resampler_n_latents
+        return (vision.image_size // vision.patch_size) ** 2 + 1
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 

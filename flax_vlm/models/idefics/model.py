@@ -6,10 +6,12 @@ releases up to 4.51. Parameter names are the reference's.
 B batch   T tokens   I images a row   P tokens an image   L latents   D hidden_size   E embed_dim   W whole vocabulary
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from flax.typing import Dtype
@@ -112,6 +114,7 @@ class IdeficsModel(Tower):
     """
 
     config: IdeficsConfig
+    pixel_input = "pixel_values"
 
     def setup(self) -> None:
         config = self.config
@@ -156,11 +159,43 @@ class IdeficsModel(Tower):
         }
 
     @nn.nowrap
-    def init_cache(self, batch_size: int, length: int, dtype: Dtype | None = None) -> KVCache:
-        """An empty cache of `length` tokens a row."""
+    def init_cache(
+        self, batch_size: int, length: int, dtype: Dtype | None = None, num_images: int | None = None
+    ) -> KVCache:
+        """An empty cache of `length` tokens a row, and of the keys of `num_images` at which nothing looks yet."""
         config = self.config
-        heads = [config.num_attention_heads] * config.num_hidden_layers
-        return KVCache.create(batch_size, length, heads, config.head_dim, dtype or self.dtype)
+        heads, dtype = config.num_attention_heads, dtype or self.dtype
+        cache = KVCache.create(batch_size, length, [heads] * config.num_hidden_layers, config.head_dim, dtype)
+        if num_images is None:
+            return cache
+        unseen = KVCache.create(
+            batch_size, num_images * config.image_tokens, [heads] * self._num_blocks, config.head_dim, dtype
+        )
+        return cache.replace(cross=unseen.layers, cross_mask=jnp.zeros((batch_size, num_images), bool))
+
+    def encode_images(
+        self,
+        pixel_values: Float[Array, "B I height width C"],
+        *,
+        interpolate_pos_encoding: bool = False,
+        deterministic: bool = True,
+    ) -> dict[str, Float[Array, "B I P E"]]:
+        """What text looks at, by the name of the input that takes it in place of `pixel_values`."""
+        batch = len(pixel_values)
+        images = self._images(batch, pixel_values, None, None, interpolate_pos_encoding, deterministic)
+        assert images is not None
+        return {self._encoded: images}
+
+    @nn.nowrap
+    def empty_encodings(self, batch_size: int, num_images: int) -> dict[str, Float[Array, "B I P E"]]:
+        """Those of no image."""
+        config = self.config
+        shape = (batch_size, num_images, config.image_tokens, config.vision_config.embed_dim)
+        return {self._encoded: jnp.zeros(shape, self.dtype)}
+
+    @property
+    def _encoded(self) -> str:
+        return "perceiver_embeddings" if self.config.use_resampler else "image_encoder_embeddings"
 
     def __call__(
         self,
@@ -352,6 +387,7 @@ class IdeficsForVisionText2Text(Tower):
 
     # Inputs besides ids and mask whose second axis is that of the tokens: padded with the prompt.
     token_inputs = frozenset({"image_attention_mask", "position_ids"})
+    pixel_input = "pixel_values"
 
     def setup(self) -> None:
         config = self.config
@@ -371,9 +407,27 @@ class IdeficsForVisionText2Text(Tower):
         return IdeficsModel(self.config).example_inputs()
 
     @nn.nowrap
-    def init_cache(self, batch_size: int, length: int, dtype: Dtype | None = None) -> KVCache:
-        """An empty cache of `length` tokens a row."""
-        return IdeficsModel(self.config, dtype=self.dtype).init_cache(batch_size, length, dtype)
+    def init_cache(
+        self, batch_size: int, length: int, dtype: Dtype | None = None, num_images: int | None = None
+    ) -> KVCache:
+        """See `IdeficsModel`."""
+        return IdeficsModel(self.config, dtype=self.dtype).init_cache(batch_size, length, dtype, num_images)
+
+    def encode_images(self, pixel_values: Float[Array, "B I height width C"], **flags: bool) -> dict[str, Array]:
+        """See `IdeficsModel`."""
+        return self.model.encode_images(pixel_values, **flags)
+
+    @nn.nowrap
+    def empty_encodings(self, batch_size: int, num_images: int) -> dict[str, Array]:
+        """See `IdeficsModel`."""
+        return IdeficsModel(self.config, dtype=self.dtype).empty_encodings(batch_size, num_images)
+
+    @nn.nowrap
+    def lay_out(self, inputs: Mapping[str, np.ndarray], num_images: int) -> dict[str, np.ndarray]:
+        """See `flax_vlm.generation.state`; slots are tokens."""
+        laid = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        seen = inputs.get("image_attention_mask", np.zeros((*laid["input_ids"].shape, 0), np.int32))
+        return laid | {"image_attention_mask": np.pad(seen, ((0, 0), (0, 0), (0, num_images - seen.shape[-1])))}
 
     def __call__(
         self,
