@@ -95,10 +95,12 @@ def row_file(
     header = json.dumps({"job": job, "rows": number}, sort_keys=True).encode() + b"\n"
     with contextlib.ExitStack() as stack:
         journal: Any = None
+        own: _Read | None = None
         with _told_to_all(target) as say:
             if index == 0:
                 journal = stack.enter_context(_open_first(target, header, overwrite))
-                say(_is_placed(target, journal, header))
+                if not say(_is_placed(target, journal, header)):
+                    own = _resume(journal, header)  # before the others look for its words
         if say():  # by a run that was killed while it removed the journals
             yield RowFile(journal, np.ones(number, bool), sum(_read(path).bad for path in _journals(target)))
             if index == 0:
@@ -108,7 +110,8 @@ def row_file(
             with journal_of(target, 0).open("rb") as first:
                 header = first.readline()
             journal = stack.enter_context(locked(journal_of(target, index), target))
-        own = _resume(journal, header)
+            own = _resume(journal, header)
+        assert own is not None
         _meet(f"begun {target}")  # what each had to say of an earlier end is gone
         done = np.zeros(number, bool)
         for path in _journals(target):
@@ -163,7 +166,7 @@ def _told_to_all(target: Path) -> Iterator[Callable[..., bool]]:
 
     try:
         yield say
-    except (OSError, ValueError) as error:
+    except Exception as error:
         fault = error
         if isinstance(error, OSError):
             try:
