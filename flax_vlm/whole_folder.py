@@ -85,7 +85,7 @@ def whole_folder(
                     logger.warning("what is done stays in %s: the same command goes on, or remove it", folder)
                 raise
     except OSError as error:
-        _explain(error, target, nbytes)
+        explain(error, target, nbytes)
         raise
 
 
@@ -145,20 +145,31 @@ def _check_taken(target: Path, overwrite: bool, marker: str) -> None:
 def _locked(folder: Path, target: Path) -> Iterator[Any]:
     """The journal of a draft, made if need be, ours alone; it goes when there is no draft any more."""
     path = folder.with_suffix(".journal")
+    with locked(path, target) as journal:
+        try:
+            yield journal
+        finally:
+            if not folder.exists():
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, target: Path) -> Iterator[Any]:
+    """The file at `path`, to read and to append to, made if need be, ours alone.
+
+    Raises:
+      FileExistsError: when another process has it, which then writes `target`.
+    """
     while True:
-        with path.open("a+b") as journal:
+        with path.open("a+b") as file:
             try:
-                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 message = f"{target} is being written by another process: wait for it, or choose another target"
                 raise FileExistsError(message) from None
-            if not _is_at(path, journal):  # another writer has just finished, and removed it
+            if not _is_at(path, file):  # another writer has just finished, and removed it
                 continue
-            try:
-                yield journal
-            finally:
-                if not folder.exists():
-                    path.unlink(missing_ok=True)
+            yield file
             return
 
 
@@ -207,10 +218,15 @@ def _place(folder: Path, target: Path, replaced: Path, marker: str) -> None:
     if target.exists():
         os.rename(target, replaced)
     os.rename(folder, target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
+    sync_folder(target.parent)
+    _discard(replaced, marker)
+
+
+def sync_folder(folder: Path) -> None:
+    """Names in it are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    _discard(replaced, marker)
 
 
 def _put_back(replaced: Path, target: Path, marker: str) -> None:
@@ -226,7 +242,7 @@ def _discard(replaced: Path, marker: str) -> None:
         shutil.rmtree(replaced)
 
 
-def _explain(error: OSError, target: Path, nbytes: int) -> None:
+def explain(error: OSError, target: Path, nbytes: int) -> None:
     """Raises `error` again as a sentence that says what to do, where there is one."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(target.parent).free

@@ -122,7 +122,7 @@ def test_embed(pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixtu
     np.testing.assert_allclose(np.linalg.norm(np.concatenate([images, texts]), axis=-1), 1, rtol=1e-5)
     capsys.readouterr()
     assert cli.main(["embed", str(tmp_path / "x"), "--model", model]) == 2
-    assert "give --images or --texts" in capsys.readouterr().err
+    assert "expected --images, --texts or --dataset: pass one" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_sentence_and_debug_is_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 # What each part of flax_vlm may import, besides itself. Arrows run down only; what is not listed may not be imported.
 BESIDE = {"processing", "parallel", "checkpoint", "array_files", "whole_folder", "hub"}
 BELOW_CONVERT = {"models", "layers"} | BESIDE
-BELOW_PRETRAINED = BELOW_CONVERT | {"convert", "training", "generation", "chat"}
+BELOW_PRETRAINED = BELOW_CONVERT | {"convert", "training", "generation", "inference", "chat"}
 MAY_IMPORT = {
     "layers": set(),
     "models": {"layers"},
@@ -33,10 +33,11 @@ MAY_IMPORT = {
     "convert": BELOW_CONVERT,
     "generation": BELOW_CONVERT,
     "chat": {"generation", "processing"},
-    "training": BELOW_CONVERT | {"convert"},
+    "inference": {"generation"} | BESIDE,
+    "training": BELOW_CONVERT | {"convert", "inference"},
     "viz": set(),
     "pretrained": BELOW_PRETRAINED,
-    "zero_shot": {"pretrained"},
+    "zero_shot": {"pretrained", "inference"},
     "demo": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot"},
     "cli": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot", "demo"},
 }

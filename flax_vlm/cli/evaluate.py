@@ -47,6 +47,7 @@ def evaluate(
 
     from flax_vlm import from_pretrained
     from flax_vlm.chat import tokens_of_the_layout
+    from flax_vlm.inference import Mapped
     from flax_vlm.training import evaluation
     from flax_vlm.training.data import records
 
@@ -64,7 +65,7 @@ def evaluate(
 
     data_set = records.read(data)
     number = len(data_set) if limit is None else min(limit, len(data_set))
-    chosen = (data_set[index] for index in range(number))
+    chosen = Mapped(data_set.__getitem__, range(number))
     vlm = from_pretrained(model, dtype=dtype)
     if vlm.processor is None:
         raise ValueError(f"{model}: expected the files of a processor beside the weights. Copy them from the original")
@@ -72,21 +73,20 @@ def evaluate(
         able = "exact-match or vqa" if vlm.generation_config else "zero-shot or retrieval"
         raise ValueError(f"--task {task}: {model} holds a {type(vlm.model).__name__}: expected {able}")
 
-    def progress(items: Any) -> Any:
-        return tqdm(items, total=number, unit=" records", leave=False, disable=json or None)
-
-    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    how: dict[str, Any] = {"batch_size": batch_size}
     begin = time.perf_counter()
-    if answering:
-        score = evaluation.vqa_accuracy if task == "vqa" else evaluation.exact_match
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False} | tokens_of_the_layout(vlm)
-        how |= {"template": template[0]} if template else {}
-        figures = evaluation.question_answering(vlm, chosen, score, **how, **options)
-    elif task == "zero-shot":
-        how |= {"templates": template} if template else {}
-        figures = evaluation.zero_shot(vlm, chosen, labels=labels, **how)
-    else:
-        figures = evaluation.retrieval(vlm, chosen, **how)
+    with tqdm(total=number, unit=" records", leave=False, disable=json or None) as bar:
+        how["done"] = bar.update
+        if answering:
+            score = evaluation.vqa_accuracy if task == "vqa" else evaluation.exact_match
+            options = {"max_new_tokens": max_new_tokens, "do_sample": False} | tokens_of_the_layout(vlm)
+            how |= {"template": template[0]} if template else {}
+            figures = evaluation.question_answering(vlm, chosen, score, **how, **options)
+        elif task == "zero-shot":
+            how |= {"templates": template} if template else {}
+            figures = evaluation.zero_shot(vlm, chosen, labels=labels, **how)
+        else:
+            figures = evaluation.retrieval(vlm, chosen, **how)
     _report({"model": model, "task": task, **figures, "seconds": round(time.perf_counter() - begin, 2)}, json)
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import tyro
 
+from . import vectors
 from .app import app
+from .rows import NONE, Options, start, work_through
 
 
 @app.command
@@ -45,33 +47,29 @@ def embed(
     model: str,
     images: tuple[Path, ...] = (),
     texts: Path | None = None,
-    batch_size: int = 32,
+    field: str | None = None,
+    rows: Options = NONE,
 ) -> None:
-    """Write the unit vectors of pictures, or of the lines of a text file, as one .npy array [N, E].
+    """Write the unit vectors of pictures, of the lines of a text file, or of records, as one .npy array [N, E].
+
+    Those of what cannot be read are NaN, up to --max-bad of them. Killed, the same command goes on.
 
     Args:
         output: File to write; .npy is appended where it is missing.
         model: An AltCLIP checkpoint: a folder (PyTorch or native) or a repository on the Hub.
         images: Picture files, or folders of them (in the order of their names).
         texts: A UTF-8 text file, one text a line.
-        batch_size: How many go through the model at once.
+        field: With --dataset, what of a record to embed: "image", which is the default, or a field with a text.
     """
-    import numpy as np
-    from tqdm import tqdm
-
-    from flax_vlm import from_pretrained, zero_shot
-
-    if bool(images) == bool(texts):
-        raise ValueError("give --images or --texts, one of them")
-    how = {"batch_size": batch_size, "progress": tqdm}
-    if texts:
-        lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line]
-        vectors = zero_shot.embed_texts(from_pretrained(model), lines, **how)
-    else:
-        vectors = zero_shot.embed_images(from_pretrained(model), _pictures(images), **how)
+    if [bool(images), bool(texts), bool(rows.dataset)].count(True) != 1:
+        raise ValueError("expected --images, --texts or --dataset: pass one of them")
+    if field and not rows.dataset:
+        raise ValueError(f"--field {field} does nothing without --dataset: leave it out")
+    start(rows)
+    job = vectors.of_texts(texts) if texts else vectors.of_images(_pictures(images)) if images else None
+    job = job or vectors.of_records(rows.dataset, field or "image")
     output = output if output.suffix == ".npy" else output.with_name(f"{output.name}.npy")
-    np.save(output, vectors)
-    print(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]}")
+    work_through(model, output, job, rows, vectors.BATCH_SIZE, None)
 
 
 @app.command

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from .app import app
+from .rows import NONE, Options
 from .weights import DType
 
 Pictures = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
@@ -19,15 +20,21 @@ _HELP = "/image PATH adds a picture to what you say next, /quit ends"
 def generate(
     model: tyro.conf.Positional[str],
     /,
-    prompt: str,
+    prompt: str | None = None,
     image: Pictures = (),
     max_new_tokens: int = 64,
     num_beams: int = 1,
     temperature: float | None = None,
     seed: int | None = None,
     dtype: DType | None = None,
+    output: Path | None = None,
+    template: str | None = None,
+    rows: Options = NONE,
 ) -> None:
-    """Let a model go on from a text with pictures.
+    """Let a model go on from a text with pictures, or answer all records of a data set.
+
+    Of a data set, each record is asked what it has for a question, in the model's layout of a chat, and a line of JSON
+    says what came of it, in the order of the records. Killed, the same command goes on. Answers depend on no batch.
 
     Args:
         model: A checkpoint of a model that generates: a folder (PyTorch or native) or a repository on the Hub.
@@ -38,12 +45,28 @@ def generate(
         temperature: Sample with it; by default the likeliest token is taken.
         seed: Of sampling.
         dtype: Of the computation; by default that of the checkpoint.
+        output: With --dataset, the .jsonl to write.
+        template: With --dataset, a text to put each question in, with {} as its place, instead of a chat; or what to
+            say behind pictures without a question.
     """
-    from flax_vlm.chat import tokens_of_the_layout, without_beginning
-
     if seed is not None and temperature is None:
         raise ValueError(f"--seed {seed} does nothing without --temperature: pass both, or neither")
+    if (prompt is None) == (not rows.dataset):
+        raise ValueError("expected --prompt for one answer or --dataset for many: pass one of them")
+    if prompt is None:
+        if output is None or image:
+            raise ValueError("--dataset: expected --output, the .jsonl to write, and no --image, which records name")
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
+        if temperature is not None:
+            how |= {"do_sample": True, "temperature": temperature, "seed": seed or 0}
+        from . import answers
+
+        return answers.generate(model, output, template, rows, dtype, how)
+    if rows != NONE or output or template:
+        raise ValueError("--output, --template and options of data sets do nothing without --dataset: leave them out")
     prompted = interleave(prompt.replace("\\n", "\n"), image)
+    from flax_vlm.chat import tokens_of_the_layout, without_beginning
+
     vlm = _load(model, dtype)
     inputs = vlm.processor(prompted)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams} | tokens_of_the_layout(vlm)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Integer, UInt8
 
+from flax_vlm.inference import Answers, in_order
 from flax_vlm.pretrained import VLM
 
 PLACE = "<image>"
@@ -138,10 +139,9 @@ def make_questions(speeches: Sequence[Speech], labels: Integer[np.ndarray, " A"]
 def ask(vlm: VLM, questions: Sequence[Question], images: UInt8[np.ndarray, "A 8 8"]) -> Talk:
     """Puts all questions at once; the likeliest token is taken at every step."""
     prompts = [question.items([images[i] for i in question.pictures]) for question in questions]
-    inputs = vlm.processor(prompts)
     longest = max(len(vlm.processor.tokenizer.backend.encode(question.answer)) for question in questions)
-    out: Any = vlm.generate(**inputs, max_new_tokens=longest + 1)
-    return Talk(questions, vlm.processor.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :]))
+    answers = in_order(Answers(vlm, max_new_tokens=longest + 1), prompts, batch_size=len(prompts))
+    return Talk(questions, [answer.text for answer in answers])
 
 
 def ask_held_out(vlm: VLM, example: Path) -> Talk:

@@ -18,6 +18,9 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[str | Picture] | Sequence[Message]
 Transform = Callable[[Image.Image], Any]
 
+# Stands for a picture while words are counted; the picture itself is opened once, and only if its words are kept.
+BLANK = np.zeros((1, 1, 3), np.uint8)
+
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://[^\s/?#]\S*")
 
 
@@ -79,6 +82,32 @@ def runs(content: Any) -> list[str | Picture]:
                     f"...}} as content, got {shortened(part)}. Correct it."
                 )
     return found
+
+
+def blanked(prompt: Any) -> tuple[Any, list[Picture]]:
+    """A prompt with blanks for pictures, and the pictures. With `transform=no_pixels` nothing of it is opened."""
+    pictures: list[Picture] = []
+
+    def blank(image: Any) -> np.ndarray:
+        pictures.append(image)
+        return BLANK
+
+    def without(item: Any) -> Any:
+        match item:
+            case {"type": "image", "image": image}:
+                return {**item, "image": blank(image)}
+            case {"content": list(parts)}:
+                return {**item, "content": [without(part) for part in parts]}
+            case str() | Mapping():
+                return item
+        return blank(item)
+
+    return (prompt, []) if isinstance(prompt, str) else ([without(item) for item in prompt], pictures)
+
+
+def no_pixels(_image: Any) -> np.ndarray:
+    """A `transform` for prompts whose pictures are blanks."""
+    return BLANK
 
 
 def picture(source: Any) -> Picture:

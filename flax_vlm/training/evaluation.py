@@ -5,8 +5,8 @@
     labels     {"image": ..., "label": "cat"}; or the number of a label, where their names are given
     captions   {"image": ..., "texts": ["A cat.", "An animal."]}, also "text", "captions" and "caption"
 
-The measures are functions of plain numbers and texts. What runs a model takes a `VLM` and any iterable of records; all
-batches have one size, so that nothing is compiled for the last one.
+The measures are functions of plain numbers and texts. What runs a model takes a `VLM` and a sequence of records, which
+go through `flax_vlm.inference`; a record of which nothing can be made is an error, as no figure would be of all.
 
 N pictures   T texts   Q queries   E width of the shared space
 """
@@ -14,22 +14,22 @@ N pictures   T texts   Q queries   E width of the shared space
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer
 
+from flax_vlm.inference import Answers, Mapped, PictureVectors, TextVectors, embed, in_order, unit
+from flax_vlm.inference.engine import Done
 from flax_vlm.training.data import examples
+from flax_vlm.training.data.prompts import read_prompt
 from flax_vlm.training.data.records import Record
 
 Score = Callable[[str, Sequence[str]], float]
-Progress = Callable[[Iterable[Any]], Iterable[Any]]  # tqdm, say
 
 RECALL_AT = (1, 5, 10)
 _CAPTIONS = ("texts", "text", "captions", "caption")
-_NO_RECORDS = "expected at least one record, came none"
 _ARTICLES = {"a", "an", "the"}
 _MARKS = ".,;:!?…'\"`()[]{}«»‹›„“”‚‘’¿¡。，、；：！？「」『』（）"
 
@@ -85,12 +85,12 @@ def recall(
 
 def question_answering(
     vlm: Any,
-    records: Iterable[Record],
+    records: Sequence[Record],
     score: Score,
     *,
     template: str | None = None,
     batch_size: int = 8,
-    progress: Progress = iter,
+    done: Done = lambda _: None,
     **options: Any,
 ) -> dict[str, float]:
     """The mean of `score`, `exact_match` or `vqa_accuracy`, over what a model answers to questions about pictures.
@@ -100,27 +100,22 @@ def question_answering(
         is what the user says in the model's layout of a chat.
       options: of `vlm.generate`.
     """
-    scores: list[float] = []
-    for batch, count in _batches(progress(records), batch_size):
-        asked = [prompt_and_answers(record, template) for record in batch]
-        chats = {} if template else {"add_generation_prompt": True}
-        inputs = vlm.processor([prompt for prompt, _ in asked], **chats)
-        sequences = vlm.generate(**inputs, **options).sequences[:, inputs["input_ids"].shape[1] :]
-        answers = vlm.processor.batch_decode(sequences)
-        scores += [score(answer, references) for answer, (_, references) in zip(answers[:count], asked, strict=False)]
-    if not scores:
-        raise ValueError(_NO_RECORDS)
+    _check_any(records)
+    asked = Mapped(lambda record: prompt_and_answers(record, template)[0], records)
+    answers = in_order(Answers(vlm, **options), asked, batch_size, done)
+    references = (prompt_and_answers(record, template)[1] for record in records)
+    scores = [score(answer.text, right) for answer, right in zip(answers, references, strict=True)]
     return {"questions": len(scores), score.__name__: float(np.mean(scores))}
 
 
 def zero_shot(
     vlm: Any,
-    records: Iterable[Record],
+    records: Sequence[Record],
     *,
     labels: Sequence[str] = (),
     templates: Sequence[str] = ("{}",),
     batch_size: int = 32,
-    progress: Progress = iter,
+    done: Done = lambda _: None,
 ) -> dict[str, float]:
     """How often pictures are nearest to the sentences of their label (CLIP, arXiv:2103.00020, 3.1).
 
@@ -133,8 +128,8 @@ def zero_shot(
     """
     if wrong := [template for template in templates if "{}" not in template]:
         raise ValueError(f"template {wrong[0]!r}: expected {{}} where the label goes, as in 'a photo of a {{}}'")
-    shown: list[Any] = []
-    images = _embed_images(vlm, _images(progress(records), shown, "label"), batch_size)
+    _check_any(records)
+    shown = [_field(record, "label") for record in records]
     if not labels and not all(isinstance(label, str) for label in shown):
         raise ValueError("label: expected texts, came numbers. Say in --labels what they mean, in their order")
     names = list(labels or dict.fromkeys(shown))
@@ -144,28 +139,28 @@ def zero_shot(
     if unknown := [label for label in shown if label not in numbers]:
         raise ValueError(f"label: expected one of {len(names)} labels or its number, came {unknown[0]!r}")
     sentences = [template.replace("{}", name) for name in names for template in templates]
-    vectors = _embed_texts(vlm, sentences, batch_size).reshape(len(names), len(templates), -1).mean(1)
-    found = zero_shot_accuracy(images, _normalised(vectors), np.array([numbers[label] for label in shown]))
-    return {"pictures": len(shown), "labels": len(names)} | found
+    right = np.array([numbers[label] for label in shown])
+    images = _embed_images(vlm, records, batch_size, done)
+    vectors = embed(TextVectors(vlm), sentences, batch_size).reshape(len(names), len(templates), -1).mean(1)
+    return {"pictures": len(shown), "labels": len(names)} | zero_shot_accuracy(images, unit(vectors), right)
 
 
 def retrieval(
     vlm: Any,
-    records: Iterable[Record],
+    records: Sequence[Record],
     *,
     batch_size: int = 32,
     at: Sequence[int] = RECALL_AT,
-    progress: Progress = iter,
+    done: Done = lambda _: None,
 ) -> dict[str, float]:
     """`recall` of pictures by their captions, and of captions by their pictures."""
-    captions: list[Any] = []
-    images = _embed_images(
-        vlm, _images(progress(records), captions, "texts", "text", "captions", "caption"), batch_size
-    )
+    _check_any(records)
+    captions = [_field(record, *_CAPTIONS) for record in records]
     several = [[each] if isinstance(each, str) else list(each) for each in captions]
     if not all(several):
         raise ValueError("captions: expected at least one of every picture, came an empty list")
-    texts = _embed_texts(vlm, [text for each in several for text in each], batch_size)
+    images = _embed_images(vlm, records, batch_size, done)
+    texts = embed(TextVectors(vlm), [text for each in several for text in each], batch_size)
     image_of_text = np.repeat(np.arange(len(several)), [len(each) for each in several])
     return {"pictures": len(images), "captions": len(texts)} | recall(images, texts, image_of_text, at)
 
@@ -218,39 +213,28 @@ def _field(record: Record, *names: str) -> Any:
     raise ValueError(f"expected {' or '.join(map(repr, names))} in a record, came {sorted(record)}")
 
 
-def _images(records: Iterable[Record], others: list[Any], *names: str) -> Iterator[Any]:
-    """The pictures, one by one; what else a record has under one of `names` is put aside in `others`."""
-    for record in records:
-        others.append(_field(record, *names))
-        yield _field(record, "image")
+def _check_any(records: Sequence[Record]) -> None:
+    if not len(records):
+        raise ValueError("expected at least one record, came none")
+
+
+def _embed_images(vlm: Any, records: Sequence[Record], batch_size: int, done: Done) -> Float[np.ndarray, "N E"]:
+    pictures = Mapped(lambda record: _field(record, "image"), records)
+    return embed(PictureVectors(vlm), pictures, batch_size, done)
 
 
 def prompt_and_answers(record: Record, template: str | None) -> tuple[list[Any], list[str]]:
     """A prompt for the processor, and the right answers to it."""
+    prompt = read_prompt(record, template)
     if "messages" in record:
-        if template is not None:
-            raise ValueError("template: expected none for conversations, which the model has a layout for")
-        *before, last = examples.read_messages(record, sys.maxsize)
+        *_, last = examples.read_messages(record, sys.maxsize)
         if last["role"] != "assistant":
             raise ValueError(f"messages: expected one of the assistant at the end, came one of {last['role']!r}")
-        return before, ["".join(part["text"] for part in last["content"])]
+        return prompt, ["".join(part["text"] for part in last["content"])]
+    _field(record, "question")
     references = _field(record, "answers", "answer")
     references = [references] if isinstance(references, str) else references
-    answers = [each["answer"] if isinstance(each, Mapping) else each for each in references]
-    question = _field(record, "question")
-    if isinstance(question, str):
-        images = record.get("images") or [_field(record, "image")]
-        if template is not None:
-            return [*images, template.replace("{}", question)], answers
-        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
-        return [{"role": "user", "content": content}], answers
-    unanswered = {**record, "answers": None, "answer": ""}
-    asked, _ = examples.read_question(unanswered, sys.maxsize, np.random.default_rng(0))
-    if template is None:
-        return [asked], answers
-    if template != "{}":
-        raise ValueError(f"template: expected '{{}}' for a question with pictures among its texts, came {template!r}")
-    return [part.get("image", part.get("text")) for part in asked["content"]], answers
+    return prompt, [each["answer"] if isinstance(each, Mapping) else each for each in references]
 
 
 def _ranks(
@@ -267,30 +251,3 @@ def _ranks(
         best = np.where(mine, scores, -np.inf).max(-1, keepdims=True)
         ranks.append((~mine & ~(scores < best)).sum(-1))
     return np.concatenate(ranks)
-
-
-def _batches(records: Iterable[Any], size: int) -> Iterator[tuple[list[Any], int]]:
-    """Batches of one size and how many of each count: the last one is filled up, so that nothing compiles for it."""
-    left = iter(records)
-    while batch := list(islice(left, size)):
-        yield batch + [batch[-1]] * (size - len(batch)), len(batch)
-
-
-def _embed_images(vlm: Any, images: Iterable[Any], size: int) -> Float[np.ndarray, "N E"]:
-    return _embed(lambda batch: vlm.get_image_features(**vlm.processor(images=batch)), images, size)
-
-
-def _embed_texts(vlm: Any, texts: Iterable[str], size: int) -> Float[np.ndarray, "T E"]:
-    return _embed(lambda batch: vlm.get_text_features(**vlm.processor(text=batch, pad_to_multiple_of=16)), texts, size)
-
-
-def _embed(embed: Callable[[list[Any]], Any], items: Iterable[Any], size: int) -> Float[np.ndarray, "N E"]:
-    """Unit vectors, in float32 at least."""
-    features = [np.asarray(embed(batch))[:count] for batch, count in _batches(items, size)]
-    if not features:
-        raise ValueError(_NO_RECORDS)
-    return _normalised(np.concatenate(features).astype(np.promote_types(np.float32, features[0].dtype)))
-
-
-def _normalised(vectors: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "N E"]:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)

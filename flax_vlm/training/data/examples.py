@@ -29,14 +29,11 @@ from jaxtyping import Bool, Float32, Int32
 from flax_vlm.processing import AltCLIPProcessor, GLM4VProcessor, IdeficsProcessor
 from flax_vlm.processing.glm4v import PICTURE
 from flax_vlm.processing.idefics import FAKE, IMAGE
-from flax_vlm.processing.prompts import Picture
+from flax_vlm.processing.prompts import Picture, blanked, no_pixels
 from flax_vlm.training.data.records import Record
 
 Format = Literal["pairs", "documents", "conversations", "questions"]
 IGNORED = -100  # a label that does not count
-
-# Stands for a picture while words are counted; the picture itself is opened once, and only if its words are kept.
-_BLANK = np.zeros((1, 1, 3), np.uint8)
 
 
 class Limits(NamedTuple):
@@ -65,17 +62,17 @@ def idefics(
     processor: IdeficsProcessor, record: Record, form: Format, limits: Limits, rng: np.random.Generator
 ) -> Example:
     def read(prompt: Any, **options: Any) -> dict[str, np.ndarray]:
-        return processor([prompt], padding=False, transform=_no_pixels, **options)
+        return processor([prompt], padding=False, transform=no_pixels, **options)
 
     def encode(messages: Any, add_generation_prompt: bool = False) -> np.ndarray:
         return read(messages, add_generation_prompt=add_generation_prompt)["input_ids"][0]
 
     if form == "conversations":
-        prompt, pictures = _blanked(read_messages(record, limits.images))
+        prompt, pictures = blanked(read_messages(record, limits.images))
         out = read(prompt, add_eos_token=True)
         learnt = _answers(prompt, out["input_ids"][0], encode)
     elif form == "questions":
-        messages, pictures = _blanked(read_question(record, limits.images, rng))
+        messages, pictures = blanked(read_question(record, limits.images, rng))
         parts = [part for message in messages for part in message["content"]]
         *question, answer = [part["image" if _is_picture(part) else "text"] for part in parts]
         closed = [*question[:-1], question[-1] + answer] if isinstance(question[-1], str) else [*question, answer]
@@ -84,8 +81,7 @@ def idefics(
         learnt = np.arange(len(out["input_ids"][0])) >= begin
     else:
         items, is_whole = _items(record, form, limits.images, rng)
-        pictures = [item for item in items if not isinstance(item, str)]
-        prompt = [item if isinstance(item, str) else _BLANK for item in items]
+        prompt, pictures = blanked(items)
         out = read(prompt, add_eos_token=is_whole, add_end_of_utterance_token=False)
         placeholders = [processor.tokenizer.backend.token_to_id(token) for token in (FAKE, IMAGE)]
         learnt = ~np.isin(out["input_ids"][0], [index for index in placeholders if index is not None])
@@ -100,10 +96,10 @@ def glm4v(processor: GLM4VProcessor, record: Record, form: Format, limits: Limit
         messages = read_question(record, limits.images, rng)
     else:
         messages = _shown_and_told(_items(record, form, limits.images, rng)[0])
-    prompt, pictures = _blanked(messages)
+    prompt, pictures = blanked(messages)
 
     def encode(messages: Any, add_generation_prompt: bool = False) -> np.ndarray:
-        out = processor([messages], padding=False, transform=_no_pixels, add_generation_prompt=add_generation_prompt)
+        out = processor([messages], padding=False, transform=no_pixels, add_generation_prompt=add_generation_prompt)
         return out["input_ids"][0]
 
     # A turn ends where another begins; the model stops when it says that the user's does.
@@ -172,10 +168,6 @@ def _begins_with(ids: Int32[np.ndarray, " T"], beginning: Int32[np.ndarray, " N"
             "with a space where there has to be one?"
         )
     return len(beginning)
-
-
-def _no_pixels(_image: Any) -> np.ndarray:
-    return _BLANK
 
 
 def _field(record: Mapping[str, Any], name: str) -> Any:
@@ -267,13 +259,3 @@ def read_question(record: Record, most: int, rng: np.random.Generator) -> list[d
 
 def _is_picture(part: Mapping[str, Any]) -> bool:
     return part.get("type") == "image"
-
-
-def _blanked(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Picture]]:
-    """The messages with blanks for pictures, and the pictures."""
-    pictures = [part["image"] for message in messages for part in message["content"] if _is_picture(part)]
-    blanked = [
-        {**message, "content": [part | {"image": _BLANK} if _is_picture(part) else part for part in message["content"]]}
-        for message in messages
-    ]
-    return blanked, pictures

@@ -64,13 +64,29 @@ class DataSet(Sequence[Record]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index}: expected one of 0 to {len(self) - 1}")
-        part = bisect.bisect_right(self._ends, index)
-        record = self._parts[part][index - (self._ends[part - 1] if part else 0)]
+        part, number = self._place(index)
+        record = self._parts[part][number]
         if not isinstance(record, dict):
             raise ValueError(f"record {index} of {self._files[part]}: expected a dict, got {type(record).__name__}")
         return _located(record, self._files[part].parent)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self._files
+
+    def where(self, index: int) -> str:
+        """Where a person finds a record: "in.jsonl, line 7", or of other kinds "in.parquet, record 6", from 0."""
+        part, number = self._place(index)
+        lines = self._parts[part]
+        found = f"line {lines.line(number)}" if isinstance(lines, _Lines) else f"record {number}"
+        return f"{self._files[part]}, {found}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Which file, and which record of it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index}: expected one of 0 to {len(self) - 1}")
+        part = bisect.bisect_right(self._ends, index)
+        return part, index - (self._ends[part - 1] if part else 0)
 
 
 def write(records: Iterable[Record], target: Path) -> int:
@@ -148,13 +164,14 @@ class _Lines:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        begins, at = [], 0
+        begins, numbers, at = [], [], 0
         with file.open("rb") as lines:
-            for line in lines:
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     begins.append(at)
+                    numbers.append(number)
                 at += len(line)
-        self._begins = np.array(begins, np.int64)
+        self._begins, self._numbers = np.array(begins, np.int64), np.array(numbers, np.int64)
 
     def __len__(self) -> int:
         return len(self._begins)
@@ -162,7 +179,11 @@ class _Lines:
     def __getitem__(self, index: int) -> Record:
         with self._file.open("rb") as lines:
             lines.seek(self._begins[index])
-            return json.loads(lines.readline())
+            return json.loads(lines.readline().rstrip())  # else an error would tell of the next line
+
+    def line(self, index: int) -> int:
+        """The number of its line, from 1."""
+        return int(self._numbers[index])
 
 
 class _Rows:
@@ -208,6 +229,17 @@ def _located(value: Any, folder: Path, picture: bool = False) -> Any:
             return {key: _located(each, folder, key in _PICTURES) for key, each in value.items()}
         case list():
             return [_located(each, folder, picture) for each in value]
+    return value
+
+
+def without_pictures(value: Any) -> Any:
+    """What of a record can be written as JSON beside what a model says to it: no pictures, and no other bytes."""
+    match value:
+        case dict():
+            kept = {key: each for key, each in value.items() if key not in _PICTURES and not isinstance(each, bytes)}
+            return {key: without_pictures(each) for key, each in kept.items()}
+        case list():
+            return [without_pictures(each) for each in value]
     return value
 
 
