@@ -1,5 +1,6 @@
 """What every test runs under: the CPU, full precision, no network, and checked shapes."""
 
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -67,6 +68,19 @@ def compiled(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], int]]:
 
     with caplog.at_level(logging.INFO, logger="flax_vlm"):
         yield count
+
+
+def pytest_configure(config):
+    """Compiling is most of the time of a test with small arrays: it is done in half of the time, for slower programs.
+
+    Read when the first program is compiled, and by the processes that tests start; tests marked `slow` are compiled as
+    users compile.
+    """
+    if config.getoption("markexpr") != "slow":
+        flags = "--xla_backend_optimization_level=0"
+        if importlib.metadata.version("jaxlib") < "0.11":
+            flags += " --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
 def pytest_collection_modifyitems(items):

@@ -31,12 +31,12 @@ INPUTS = TEXTS | PICTURES
 
 
 @cache
-def torch_model() -> Any:
+def torch_model(dtype: str = "float32") -> Any:
     """Weights large enough that the next ids differ clearly, by what stands before them and by the pictures."""
     import torch
     import transformers
 
-    model = cases.torch_model(CONFIG, "float32")
+    model = cases.torch_model(CONFIG, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(3 if "embed_tokens" in name else 2 if parameter.ndim == 2 and "layers" in name else 1)
@@ -45,13 +45,13 @@ def torch_model() -> Any:
 
 
 @cache
-def params() -> Any:
-    return cases.ported(CONFIG, torch_model())
+def params(dtype: str = "float32") -> Any:
+    return cases.ported(CONFIG, torch_model(dtype))
 
 
-def theirs(inputs: Mapping[str, Any] = INPUTS, tokenizer: Any = None, **options: Any) -> Any:
+def theirs(inputs: Mapping[str, Any] = INPUTS, tokenizer: Any = None, dtype: str = "float32", **options: Any) -> Any:
     options = {"max_new_tokens": NEW, "return_dict_in_generate": True} | options
-    return torch_model().generate(**cases.to_torch(inputs, "float32"), tokenizer=tokenizer, **options)
+    return torch_model(dtype).generate(**cases.to_torch(inputs, dtype), tokenizer=tokenizer, **options)
 
 
 @cache
@@ -65,9 +65,15 @@ def config(**options: Any) -> GenerationConfig:
     return GenerationConfig(**({"pad_token_id": PAD, "max_new_tokens": NEW, "eos_token_id": stops()} | options))
 
 
-def ours(inputs: Mapping[str, Any] = INPUTS, cache: Any = None, tokenizer: Any = None, **options: Any) -> Any:
-    arrays = cases.to_jax(inputs, "float32")
-    return generate(MODEL, params(), arrays, config(**options), cache=cache, tokenizer=tokenizer)
+def ours(
+    inputs: Mapping[str, Any] = INPUTS,
+    cache: Any = None,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    **options: Any,
+) -> Any:
+    arrays, model = cases.to_jax(inputs, dtype), MODEL.clone(dtype=jnp.dtype(dtype))
+    return generate(model, params(dtype), arrays, config(**options), cache=cache, tokenizer=tokenizer)
 
 
 def assert_same(inputs: Mapping[str, Any] = INPUTS, **options: Any) -> tuple[GenerateOutput, Any]:
@@ -149,7 +155,8 @@ def test_beams() -> None:
         assert_close(out.sequences_scores, expected.sequences_scores.numpy(), FLOAT32)
 
 
-def test_what_each_step_chose_from() -> None:
+def test_what_each_step_chose_from(x64: None) -> None:
+    """The models in float64, what is chosen from in float32."""
     free = theirs().sequences[:, WIDTH:].numpy()
     options = {
         "repetition_penalty": 1.3,
@@ -157,6 +164,7 @@ def test_what_each_step_chose_from() -> None:
         "min_new_tokens": 4,
         "output_logits": True,
         "output_scores": True,
+        "dtype": "float64",
     }
     out, expected = assert_same(**options)
     assert out.scores is not None and out.logits is not None
@@ -167,7 +175,7 @@ def test_what_each_step_chose_from() -> None:
             found, reference = np.asarray(ours_kept[step])[going], reference[going]
             finite = np.isfinite(reference)
             np.testing.assert_array_equal(np.isfinite(found), finite)
-            assert_close(found[finite], reference[finite], FLOAT32)
+            assert_close(found[finite], reference[finite], 1e-6)
 
 
 def test_a_stream_says_the_same() -> None:

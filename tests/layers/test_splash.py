@@ -14,7 +14,7 @@ import pytest
 from flax_vlm.layers import splash
 from flax_vlm.layers.attention import Mask, attend, causal_mask, padding_mask, segment_mask
 from tests.compiling import jitted
-from tests.tolerances import FLOAT32_REORDERED, assert_close
+from tests.tolerances import FLOAT32, assert_close
 
 ROOT = Path(__file__).parents[2]
 B, T, N, K, H = 2, 150, 4, 2, 24
@@ -54,24 +54,26 @@ def arrays(num_keys: int, dtype: Any = np.float32) -> list[jax.Array]:
     return [jnp.asarray(np.random.default_rng(1).standard_normal(shape), dtype) for shape in shapes]
 
 
-def value_and_gradients(implementation: Any, num_keys: int, mask: Any) -> tuple[Any, Any]:
-    weights = jnp.asarray(np.random.default_rng(2).standard_normal((B, T, N, H)), np.float32)
+def value_and_gradients(implementation: Any, num_keys: int, mask: Any, dtype: Any = np.float32) -> tuple[Any, Any]:
+    weights = jnp.asarray(np.random.default_rng(2).standard_normal((B, T, N, H)), dtype)
 
     def total(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
         out, _ = attend(*qkv, mask=mask, scale=0.3, implementation=implementation)
         return (out * weights).sum(), out
 
-    (_, out), gradients = jitted(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays(num_keys))
+    (_, out), gradients = jitted(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays(num_keys, dtype))
     return out, gradients
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_equals_the_plain_path_with_gradients(name: str) -> None:
+    """In float32, against float64."""
     out, gradients = value_and_gradients("splash", *MASKS[name])
-    plain_out, plain_gradients = value_and_gradients("xla", *MASKS[name])
-    assert_close(out, plain_out, FLOAT32_REORDERED, "out")
-    for what, one, other in zip(("query", "key", "value"), gradients, plain_gradients, strict=True):
-        assert_close(one, other, FLOAT32_REORDERED, f"gradient of {what}")
+    with jax.enable_x64(True):
+        exact_out, exact_gradients = value_and_gradients("xla", *MASKS[name], np.float64)
+    assert_close(out, exact_out, FLOAT32, "out")
+    for what, one, exact in zip(("query", "key", "value"), gradients, exact_gradients, strict=True):
+        assert_close(one, exact, FLOAT32, f"gradient of {what}")
 
 
 def test_a_token_that_sees_nothing_takes_zero() -> None:

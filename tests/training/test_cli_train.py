@@ -20,18 +20,14 @@ from PIL import Image
 import flax_vlm
 from flax_vlm import cli
 from flax_vlm.cli.train import read_recipe
-from flax_vlm.generation import GenerationConfig
 from flax_vlm.layers.param_tree import flatten_params
 from flax_vlm.models import registry
-from flax_vlm.models.glm4v import GLM4VForConditionalGeneration
-from flax_vlm.pretrained import VLM
-from flax_vlm.processing import GLM4VProcessor
 from flax_vlm.training import metrics
 from flax_vlm.training.config import check
 from flax_vlm.training.run import what_learns
 from flax_vlm.training.step import split
 from tests.parallel.processes import free_address
-from tests.test_cli_talk_glm4v import CONFIG, TOKENIZER, talkative
+from tests.talkers import tiny_glm4v
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -133,8 +129,7 @@ def test_idefics_with_adapters(
 def test_glm4v(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversations about pictures, several in a row."""
     monkeypatch.chdir(tmp_path)
-    processor, model = GLM4VProcessor.from_dir(TOKENIZER), GLM4VForConditionalGeneration(CONFIG)
-    VLM(model, talkative(model, processor), processor, GenerationConfig(eos_token_id=400)).save_pretrained("glm4v")
+    tiny_glm4v().save_pretrained("glm4v")
     Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save("black.png")
     asked = {"role": "user", "content": [{"type": "image", "image": "black.png"}, {"type": "text", "text": "Bright?"}]}
     talks = [{"messages": [asked, {"role": "assistant", "content": text}]} for text in ("No.", "Black.", "Not at all.")]
