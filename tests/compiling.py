@@ -1,14 +1,8 @@
-"""Programs that are run once: compiling them is most of a test's time."""
+"""How tests compile: fast. It is most of their time, for programs that are run once on small arrays."""
 
-from collections.abc import Callable
-from typing import Any
+import importlib.metadata
 
-import jax
-
-
-def jitted(function: Callable[..., Any]) -> Any:
-    """`jax.jit` that compiles three times as fast, for small arrays on a CPU."""
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
-    if jax.__version_info__ < (0, 11):
-        options["xla_cpu_use_fusion_emitters"] = False
-    return jax.jit(function, compiler_options=options)
+# Half of the time, for slower programs; names that XLA reads in XLA_FLAGS, as it first compiles.
+FAST = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib") < "0.11":
+    FAST += " --xla_cpu_use_fusion_emitters=false"

@@ -1,6 +1,5 @@
 """What every test runs under: the CPU, full precision, no network, and checked shapes."""
 
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -19,6 +18,8 @@ import jax
 import jaxtyping
 import pytest
 from beartype import BeartypeConf, beartype
+
+from tests.compiling import FAST
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -71,16 +72,9 @@ def compiled(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], int]]:
 
 
 def pytest_configure(config):
-    """Compiling is most of the time of a test with small arrays: it is done in half of the time, for slower programs.
-
-    Read when the first program is compiled, and by the processes that tests start; tests marked `slow` are compiled as
-    users compile.
-    """
+    """Tests marked `slow` are compiled as users compile, all others fast, in this process and those that they start."""
     if config.getoption("markexpr") != "slow":
-        flags = "--xla_backend_optimization_level=0"
-        if importlib.metadata.version("jaxlib") < "0.11":
-            flags += " --xla_cpu_use_fusion_emitters=false"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}"
 
 
 def pytest_collection_modifyitems(items):

@@ -18,7 +18,8 @@ import flax_vlm
 from flax_vlm import cli
 from flax_vlm.inference.row_file import journal_of
 from flax_vlm.training.data.records import read, write
-from tests.parallel.processes import FLAGS, free_address, run
+from tests.compiling import FAST
+from tests.parallel.processes import free_address, run
 from tests.tolerances import FLOAT32, assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +156,7 @@ class Command:
         self._output = output
         self._environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": FLAGS,
+            "XLA_FLAGS": FAST,
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

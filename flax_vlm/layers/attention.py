@@ -15,6 +15,7 @@ A query that may attend nothing takes exactly zero, forward and backward, never 
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
 import jax
@@ -24,13 +25,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from flax_vlm.layers import cudnn
 from flax_vlm.layers.blocked_attention import attend_in_blocks
 from flax_vlm.layers.partitioning import HEADS, constrain
 from flax_vlm.layers.per_device import per_device
 from flax_vlm.layers.plain_attention import attend_plainly
 from flax_vlm.layers.splash import LANES, Segments, splash
 
-Implementation: TypeAlias = Literal["auto", "xla", "blocked", "splash"]
+Implementation: TypeAlias = Literal["auto", "xla", "blocked", "splash", "cudnn"]
 Allowed: TypeAlias = Bool[Array, "#B #N #T _"]  # S columns, or a divisor of S
 
 ATTENDED = "attended"  # the name of the result, by which `layers.stack` keeps it for the backward pass
@@ -145,8 +147,9 @@ def attend(
       implementation: "xla" forms all scores at once; "blocked" goes over the rows of the batch and over blocks of
         queries, recomputing them in the backward pass, with the heads in independent groups: less memory, and on a
         CPU all cores (XLA runs one batched product on a single core); "splash" is a kernel that never holds the
-        scores (off a TPU it is interpreted, slowly). "auto" takes "splash" on a TPU where it can serve, "blocked" on a
-        CPU where there is enough work, and on other devices where the scores would pass 2 GiB.
+        scores (off a TPU it is interpreted, slowly); so is "cudnn", of NVIDIA's GPUs. "auto" takes "splash" on a TPU
+        and "cudnn" on a GPU where they can serve, "blocked" on a CPU where there is enough work, and on other devices
+        where the scores would pass 2 GiB.
 
     Returns:
       The attended values in the dtype of `query`, and the weights (or None).
@@ -176,7 +179,7 @@ def attend(
         raise ValueError(f"mask has shape {whole.allowed.shape}: its last axis does not divide {num_keys} keys evenly")
     factor = head_dim**-0.5 if scale is None else scale
     if return_weights or (dropout_rate > 0 and dropout_rng is not None):
-        if implementation in ("blocked", "splash"):
+        if implementation not in ("auto", "xla"):
             raise ValueError(
                 "attention weights and their dropout exist in implementation 'xla' only: ask for it or 'auto'"
             )
@@ -185,14 +188,21 @@ def attend(
         attended, weights = attend_plainly(query, key, value, allowed, bias, factor, dropout_rate, rng)
         return checkpoint_name(attended, ATTENDED), weights
 
-    fault = _splash_fault(query, key, whole, bias)
-    if implementation == "splash" and fault:
-        raise ValueError(f"attention implementation 'splash' cannot serve {fault}: ask for another or 'auto'")
+    faults = {
+        "splash": _splash_fault(query, key, whole, bias),
+        "cudnn": cudnn.fault(query, key, bias, whole.causal),
+    }
+    if faults.get(implementation):
+        raise ValueError(
+            f"attention implementation {implementation!r} cannot serve {faults[implementation]}: "
+            "ask for another or 'auto'"
+        )
     is_small = batch * num_heads * num_queries * num_keys <= _SMALL
-    if implementation == "xla" or (is_small and implementation != "splash"):
+    if implementation == "xla" or (is_small and implementation not in faults):
         attended, _ = attend_plainly(query, key, value, whole.written_out(num_queries, num_keys), bias, factor)
     else:
-        choose = functools.partial(_attend_by, implementation, factor, not fault)
+        serving = tuple(name for name, fault in faults.items() if not fault)
+        choose = functools.partial(_attend_by, implementation, factor, serving)
         attended = per_device(choose, query, key, value, whole, bias)
     return checkpoint_name(attended, ATTENDED), None
 
@@ -200,7 +210,7 @@ def attend(
 def _attend_by(
     implementation: Implementation,
     scale: float,
-    splash_serves: bool,
+    serving: tuple[str, ...],
     query: Array,
     key: Array,
     value: Array,
@@ -224,15 +234,23 @@ def _attend_by(
     def interpreted(query: Array, key: Array, value: Array) -> Array:
         return _attend_splash(query, key, value, mask, scale, interpret=True)
 
+    def on_cuda(query: Array, key: Array, value: Array) -> Array:
+        rest = mask.replace(causal=False).written_out(num_queries, num_keys)
+        return cudnn.fused_attention(query, key, value, rest, scale=scale, causal=mask.causal)
+
     # Decided when the program is lowered, so that a program compiled here for another device is right too.
     if implementation == "splash":
         return lax.platform_dependent(query, key, value, tpu=on_tpu, default=interpreted)
+    if implementation == "cudnn":
+        return on_cuda(query, key, value)
     if implementation == "blocked":
         return blocked(query, key, value)
+    kernels: dict[str, Callable[..., Array]] = {}
+    if min(num_queries, num_keys) >= LANES:
+        kernels |= {"tpu": on_tpu} if "splash" in serving else {}
+        kernels |= {"cuda": on_cuda} if "cudnn" in serving else {}
     others = blocked if 4 * batch * num_heads * num_queries * num_keys > 2**31 else xla
-    if splash_serves and min(num_queries, num_keys) >= LANES:
-        return lax.platform_dependent(query, key, value, cpu=blocked, tpu=on_tpu, default=others)
-    return lax.platform_dependent(query, key, value, cpu=blocked, default=others)
+    return lax.platform_dependent(query, key, value, cpu=blocked, default=others, **kernels)
 
 
 def _splash_fault(query: Array, key: Array, mask: Mask, bias: Array | None) -> str:

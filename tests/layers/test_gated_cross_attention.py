@@ -9,7 +9,6 @@ import pytest
 from flax import linen as nn
 
 from flax_vlm.layers.gated_cross_attention import GatedCrossAttention, alpha_init
-from tests.compiling import jitted
 from tests.tolerances import FLOAT64, assert_close
 
 B, T, NUM_IMAGES, P, D, E, N, F = 2, 5, 3, 4, 12, 10, 3, 14
@@ -42,12 +41,12 @@ def run(layer: GatedCrossAttention, states: Any, images: Any, sees: Any) -> jax.
 
 def params_of(layer: GatedCrossAttention) -> Any:
     arrays = [jnp.asarray(array, layer.param_dtype) for array in (STATES, IMAGES)]
-    return nn.meta.unbox(jitted(lambda key: layer.init(key, *arrays, SEES, method=run))(jax.random.key(0)))["params"]
+    return nn.meta.unbox(jax.jit(lambda key: layer.init(key, *arrays, SEES, method=run))(jax.random.key(0)))["params"]
 
 
 def apply(layer: GatedCrossAttention, params: Any, images: Any = IMAGES, sees: Any = SEES) -> jax.Array:
     arrays = [None if array is None else jnp.asarray(array) for array in (STATES, images, sees)]
-    return jitted(lambda p, *arrays: layer.apply({"params": p}, *arrays, method=run))(params, *arrays)
+    return jax.jit(lambda p, *arrays: layer.apply({"params": p}, *arrays, method=run))(params, *arrays)
 
 
 def rms(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -103,7 +102,7 @@ def test_gradients_where_nothing_is_seen_are_finite(dtype: str) -> None:
         def total(params: Any, states: Any, images: Any) -> Any:
             return layer.apply({"params": params}, states, images, SEES, method=run).astype(jnp.float32).sum()
 
-        value, gradients = jitted(jax.value_and_grad(total, argnums=(0, 1, 2)))(params_of(layer), *arrays)
+        value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(params_of(layer), *arrays)
         assert np.isfinite(value)
         for gradient in jax.tree.leaves(gradients):
             assert gradient.dtype == dtype and np.isfinite(np.asarray(gradient, float)).all()
@@ -142,7 +141,7 @@ def test_gates_start_as_they_are_told(start: Any, kind: Any) -> None:
         alpha_type=kind, alpha_init=alpha_init(start, 0.3), hidden_size=120, dtype=jnp.float32, param_dtype=jnp.float32
     )
     arrays = jnp.zeros((1, 1, 120)), jnp.zeros((1, 1, E)), np.ones((1, 1, 1), bool)
-    params = nn.meta.unbox(jitted(lambda key: layer.init(key, *arrays, method=run))(jax.random.key(0)))["params"]
+    params = nn.meta.unbox(jax.jit(lambda key: layer.init(key, *arrays, method=run))(jax.random.key(0)))["params"]
     gates = [np.asarray(params[name]) for name in ("alpha_cross_attn", "alpha_dense")]
     assert [gate.shape for gate in gates] == [(1,) if kind == "float" else (1, 1, 120)] * 2
     values = np.concatenate([gate.ravel() for gate in gates])

@@ -10,7 +10,6 @@ import pytest
 
 from flax_vlm.layers.linear import matmul
 from flax_vlm.layers.losses import mean_loss, next_token_sums, next_token_sums_in_chunks
-from tests.compiling import jitted
 from tests.tolerances import BFLOAT16_RATIO, FLOAT32, FLOAT64, assert_close
 
 B, T, V = 3, 6, 9
@@ -55,13 +54,13 @@ def test_nothing_to_predict_costs_nothing() -> None:
     def loss(logits: jax.Array) -> jax.Array:
         return mean_loss(*next_token_sums(logits, jnp.full((B, T), -100)))
 
-    value, gradient = jitted(jax.value_and_grad(loss))(jnp.asarray(LOGITS, jnp.float32))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(LOGITS, jnp.float32))
     assert value == 0 and not gradient.any()
 
 
 def test_labels_outside_the_vocabulary_do_not_pass_silently() -> None:
     assert jnp.isnan(next_token_sums(jnp.asarray(LOGITS), jnp.asarray(LABELS + V))[0])
-    in_chunks = jitted(partial(next_token_sums_in_chunks, chunk=4))
+    in_chunks = jax.jit(partial(next_token_sums_in_chunks, chunk=4))
     for labels in (LABELS + V, LABELS - V):
         assert jnp.isnan(in_chunks(jnp.ones((B, T, 2)), [jnp.ones((2, V))], jnp.asarray(labels))[0])
 
@@ -92,7 +91,7 @@ def with_gradients(sums: Any, *inputs: Any) -> Any:
         total, count = sums(states, tables, *inputs)
         return mean_loss(total, count), count
 
-    return jitted(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
 @pytest.mark.parametrize("words_first", [False, True], ids=["head", "tied"])

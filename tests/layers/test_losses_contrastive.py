@@ -10,7 +10,6 @@ import pytest
 
 from flax_vlm.layers.contrastive import sigmoid_contrastive_sum, softmax_contrastive_sum
 from flax_vlm.models.altclip.model import contrastive_loss
-from tests.compiling import jitted
 from tests.tolerances import FLOAT64, assert_close
 
 B, E, BIAS = 6, 5, -2.5
@@ -38,9 +37,9 @@ KINDS = {
 def test_chunks_equal_the_formula(kind: str, x64: None) -> None:
     plain, in_chunks = KINDS[kind]
     inputs = [jnp.asarray(each) for each in (TEXTS, IMAGES, SCALE)]
-    expected = jitted(jax.value_and_grad(plain, argnums=(0, 1, 2)))(*inputs)
+    expected = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2)))(*inputs)
     for chunk in (0, 1, 2):
-        actual = jitted(jax.value_and_grad(partial(in_chunks, chunk=chunk), argnums=(0, 1, 2)))(*inputs)
+        actual = jax.jit(jax.value_and_grad(partial(in_chunks, chunk=chunk), argnums=(0, 1, 2)))(*inputs)
         for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert_close(one, other, FLOAT64, f"chunks of {chunk}")
 

@@ -9,7 +9,6 @@ from flax import linen as nn
 
 from flax_vlm.layers.param_tree import flatten_params
 from flax_vlm.layers.perceiver import PerceiverResampler
-from tests.compiling import jitted
 from tests.tolerances import FLOAT64, assert_close, assert_gradients_close
 
 L, E = 5, 12
@@ -28,12 +27,12 @@ def resampler(norms: bool = True) -> tuple[PerceiverResampler, Any]:
         dtype=jnp.float64,
         param_dtype=jnp.float64,
     )
-    return layer, nn.meta.unbox(jitted(layer.init)(jax.random.key(0), jnp.asarray(CONTEXT)))
+    return layer, nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), jnp.asarray(CONTEXT)))
 
 
 def test_any_number_of_tokens_becomes_as_many_latents(x64: None) -> None:
     layer, params = resampler()
-    apply = jitted(layer.apply)
+    apply = jax.jit(layer.apply)
     out = apply(params, jnp.asarray(CONTEXT))
     assert out.shape == (3, L, E) and apply(params, jnp.asarray(CONTEXT[:, :1])).shape == (3, L, E)
     # Tokens carry their positions themselves: here, their order is none.
@@ -48,7 +47,7 @@ def test_norms_of_queries_and_keys_are_optional(x64: None) -> None:
     extra = {f"blocks_{i}/attn/{n}_layer_norm/{part}" for i in range(2) for n in "qk" for part in parts}
     assert paths[1] - paths[0] == extra and not paths[0] - paths[1]
     layer, params = resampler()
-    one, other = (jitted(layer.apply)(params, scale * jnp.asarray(CONTEXT)) for scale in (1, 1000))
+    one, other = (jax.jit(layer.apply)(params, scale * jnp.asarray(CONTEXT)) for scale in (1, 1000))
     assert_close(other, one, 1e-4)  # what is normed has no scale, but for epsilon
 
 
@@ -60,6 +59,6 @@ def test_recomputation_changes_no_gradient(x64: None) -> None:
             return (layer.clone(remat=remat).apply(params, jnp.asarray(CONTEXT)) ** 2).sum()
 
         assert sum("remat" in str(step.primitive) for step in jax.make_jaxpr(total)(params).eqns) == RECOMPUTED[remat]
-        return flatten_params(jitted(jax.grad(total))(params))
+        return flatten_params(jax.jit(jax.grad(total))(params))
 
     assert_gradients_close(gradients("full"), gradients("none"))

@@ -13,7 +13,6 @@ import pytest
 
 from flax_vlm.layers import splash
 from flax_vlm.layers.attention import Mask, attend, causal_mask, padding_mask, segment_mask
-from tests.compiling import jitted
 from tests.tolerances import FLOAT32, assert_close
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +60,7 @@ def value_and_gradients(implementation: Any, num_keys: int, mask: Any, dtype: An
         out, _ = attend(*qkv, mask=mask, scale=0.3, implementation=implementation)
         return (out * weights).sum(), out
 
-    (_, out), gradients = jitted(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays(num_keys, dtype))
+    (_, out), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays(num_keys, dtype))
     return out, gradients
 
 
@@ -85,7 +84,7 @@ def test_a_token_that_sees_nothing_takes_zero() -> None:
 
 def test_bfloat16_is_summed_in_float32() -> None:
     def causal(implementation: Any, dtype: Any) -> jax.Array:
-        program = jitted(lambda *qkv: attend(*qkv, mask=causal_mask(T, T), implementation=implementation)[0])
+        program = jax.jit(lambda *qkv: attend(*qkv, mask=causal_mask(T, T), implementation=implementation)[0])
         return program(*arrays(T, dtype))
 
     exact = np.asarray(causal("xla", np.float32))

@@ -11,7 +11,6 @@ import numpy as np
 
 import flax_vlm
 from flax_vlm import convert, parallel
-from tests.compiling import jitted
 from tests.convert import test_idefics_files, test_port
 from tests.parity import altclip_cases, glm4v_cases, idefics_cases, test_glm4v_splice
 from tests.tolerances import FLOAT64, assert_close, assert_gradients_close
@@ -66,7 +65,7 @@ def loss_and_gradients(vlm: flax_vlm.VLM, case: Case, inputs: dict[str, Any]) ->
         output = vlm.model.apply({"params": params}, **inputs, **dict.fromkeys(case.flags, True))
         return output.loss, getattr(output, case.scores)
 
-    (value, scores), gradients = jitted(jax.value_and_grad(loss, has_aux=True))(vlm.params, inputs)
+    (value, scores), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(vlm.params, inputs)
     return value, scores, convert.state_dict(vlm.config, jax.device_get(gradients))
 
 

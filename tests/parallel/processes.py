@@ -9,13 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
+from tests.compiling import FAST
 
 ROOT = Path(__file__).parent.parent.parent
-# Programs are run once there, and compiling them is most of the time: see tests/compiling.py.
-FLAGS = "--xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 11):
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
 
 def run(script: str, *arguments: Sequence[Any], timeout: float = 300) -> list[str]:
@@ -23,7 +19,7 @@ def run(script: str, *arguments: Sequence[Any], timeout: float = 300) -> list[st
 
     When one fails, or all take longer than `timeout` seconds, the others are killed and so is the test.
     """
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST}
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     file = ROOT / "tests" / "parallel" / script
     running = [subprocess.Popen([sys.executable, file, *map(str, each)], **options) for each in arguments]

@@ -12,7 +12,6 @@ import pytest
 
 import flax_vlm
 from flax_vlm import parallel
-from tests.compiling import jitted
 from tests.parity import altclip_cases as cases
 
 BATCH = cases.texts(rows=8) | {"pixel_values": cases.images(8)}
@@ -35,7 +34,7 @@ def losses(folder: Path, mesh: jax.sharding.Mesh, target: Path) -> list[float]:
     params, found = vlm.params, []
     with parallel.use(mesh, rules):
         batch = parallel.global_batch(mesh, rules, own)
-        compiled = jitted(step)
+        compiled = jax.jit(step)
         for _ in range(3):
             params, value = compiled(params, batch)
             found.append(float(value))

@@ -17,7 +17,6 @@ from flax_vlm import convert
 from flax_vlm.convert import port
 from flax_vlm.layers.param_tree import unflatten_params
 from flax_vlm.models.glm4v import EVA2CLIPModel, GLM4VConfig, GLM4VForConditionalGeneration
-from tests.compiling import jitted
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "glm4v"
 
@@ -163,7 +162,7 @@ def in_our_places(config: GLM4VConfig, tensors: Mapping[str, Any]) -> dict[str, 
 
 @cache
 def _applying(model: Any, flags: tuple[tuple[str, Any], ...]) -> Any:
-    return jitted(lambda params, arrays: model.apply({"params": params}, **arrays, **dict(flags)))
+    return jax.jit(lambda params, arrays: model.apply({"params": params}, **arrays, **dict(flags)))
 
 
 def forward(model: Any, params: Any, inputs: Mapping[str, Any], **flags: Any) -> Any:
@@ -179,4 +178,4 @@ def loss_and_gradients(model: Any) -> Any:
         output = model.apply({"params": params}, **arrays, output_hidden_states=True)
         return output.loss, output
 
-    return jitted(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))

@@ -23,7 +23,6 @@ from flax_vlm.models.idefics import (
     IdeficsPerceiverConfig,
     IdeficsVisionConfig,
 )
-from tests.compiling import jitted
 
 VISION = IdeficsVisionConfig(
     hidden_size=20,
@@ -174,12 +173,12 @@ def ported(config: IdeficsConfig, model: Any, model_class: Any = None) -> Any:
     return jax.tree.map(jnp.asarray, convert.from_state_dict(config, state, model_class))
 
 
-stacked = jitted(stack_params)
+stacked = jax.jit(stack_params)
 
 
 @cache
 def _applying(model: Any, flags: tuple[tuple[str, Any], ...], method: str | None) -> Any:
-    return jitted(lambda params, arrays: model.apply({"params": params}, **arrays, **dict(flags), method=method))
+    return jax.jit(lambda params, arrays: model.apply({"params": params}, **arrays, **dict(flags), method=method))
 
 
 def forward(model: Any, params: Any, inputs: Mapping[str, Any], method: str | None = None) -> Any:
@@ -282,7 +281,7 @@ def loss_and_gradients(model: Any) -> Any:
         output = model.apply({"params": params}, **arrays, output_hidden_states=True)
         return output.loss, output
 
-    return jitted(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def torch_loss_and_gradients(model: Any, inputs: Mapping[str, Any], dtype: str) -> tuple[Any, Any, dict[str, Any]]:

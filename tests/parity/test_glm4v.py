@@ -20,7 +20,6 @@ from flax_vlm.layers.param_tree import flatten_params
 from flax_vlm.layers.stack import stack_params
 from flax_vlm.models.glm4v import GLM4VConfig, GLM4VForCausalLM, GLM4VForConditionalGeneration, decoder
 from flax_vlm.models.glm4v.splice import splice
-from tests.compiling import jitted
 from tests.parity import glm4v_cases as cases
 from tests.tolerances import BFLOAT16_RATIO, FLOAT32, FLOAT64, assert_close, assert_gradients_close, error
 
@@ -61,7 +60,7 @@ def test_every_intermediate_of_the_decoder(dtype: str, monkeypatch: pytest.Monke
             )
             return out, captured["intermediates"]["transformer"]["encoder"], watched, turning[0]
 
-        out, inner, watched, turned = jitted(run)(params, arrays)
+        out, inner, watched, turned = jax.jit(run)(params, arrays)
         found = {f"hidden_states{i}": states for i, states in enumerate(out.hidden_states)}
         found |= {
             "logits": out.logits,
@@ -124,7 +123,7 @@ def test_positions_and_masks_of_slots() -> None:
         golden, inputs = cases.oracle("float64"), cases.inputs(case, "float32")
         given, (begin, end) = golden[f"in.{case}.position_ids"], cases.config().picture_ids
         is_token = inputs["attention_mask"] != 0
-        place = jitted(partial(splice, begin=begin, end=end, images=1, patches=16))
+        place = jax.jit(partial(splice, begin=begin, end=end, images=1, patches=16))
         slots = place(inputs["input_ids"], is_token)
         np.testing.assert_array_equal(slots.spread(jnp.asarray(given)), golden[f"{case}.position_ids_expanded"])
         mask = golden.get(f"{case}.attention_mask_expanded", np.ones(slots.token.shape))
@@ -226,7 +225,7 @@ def test_dropout() -> None:
     rngs = {"dropout": jax.random.key(0)}
 
     def logits(model: GLM4VForConditionalGeneration, deterministic: bool) -> np.ndarray:
-        run = jitted(lambda params: model.apply({"params": params}, **inputs, deterministic=deterministic, rngs=rngs))
+        run = jax.jit(lambda params: model.apply({"params": params}, **inputs, deterministic=deterministic, rngs=rngs))
         return np.asarray(run(params).logits)
 
     plain = logits(GLM4VForConditionalGeneration(config), False)

@@ -15,7 +15,6 @@ import pytest
 from flax_vlm import generation
 from flax_vlm.models.glm4v import GLM4VForConditionalGeneration
 from flax_vlm.models.glm4v.splice import check_pictures, splice
-from tests.compiling import jitted
 from tests.parity import glm4v_cases as cases
 from tests.tolerances import FLOAT64, assert_close
 
@@ -67,7 +66,7 @@ def expanded(row: list[int], patches: int) -> list[tuple[int, int, int]]:
 def test_slots_are_those_of_a_loop(patches: int) -> None:
     inputs = batch()
     is_token = inputs["attention_mask"] != 0
-    place = jitted(partial(splice, begin=BOI, end=EOI, images=2, patches=patches))
+    place = jax.jit(partial(splice, begin=BOI, end=EOI, images=2, patches=patches))
     slots = place(jnp.asarray(inputs["input_ids"]), jnp.asarray(is_token))
     positions = slots.spread(jnp.asarray(inputs["attention_mask"].cumsum(-1) - 1))
     there = np.asarray(slots.spread(jnp.asarray(is_token)) & slots.is_there)

@@ -24,7 +24,6 @@ from flax_vlm.models.abstract import abstract_params
 from flax_vlm.models.glm4v import GLM4VConfig, GLM4VVisionConfig, vision
 from flax_vlm.models.glm4v.vision import EVA2CLIPLayer, EVA2CLIPModel
 from flax_vlm.parallel import aot
-from tests.compiling import jitted
 from tests.tolerances import BFLOAT16_RATIO_DECODER, FLOAT32, FLOAT64, assert_close, assert_gradients_close, error
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "glm4v"
@@ -70,7 +69,7 @@ def vision_config(**changes: Any) -> GLM4VConfig:
 def intermediates(dtype: str) -> dict[str, Any]:
     """Ours, by the names and in the layout of the golden arrays."""
     model, params = model_of(dtype), params_of(state(), dtype)
-    run = jitted(lambda params, images: model.apply({"params": params}, images, capture_intermediates=True))
+    run = jax.jit(lambda params, images: model.apply({"params": params}, images, capture_intermediates=True))
     features, captured = run(params, jnp.asarray(images(), dtype))
     seen = captured["intermediates"]
     adapter = seen["linear_proj"]
@@ -141,7 +140,7 @@ def test_gradients(scan: bool, x64: None) -> None:
         features = model.apply({"params": stack_params(params) if scan else params}, images)
         return (features**3).sum(), features
 
-    gradients, ours = jitted(jax.grad(loss, has_aux=True))(params, jnp.asarray(images(), jnp.float64))
+    gradients, ours = jax.jit(jax.grad(loss, has_aux=True))(params, jnp.asarray(images(), jnp.float64))
     theirs = torch_tower()
     (theirs(torch_images(images())) ** 3).sum().backward()
     assert_close(ours, golden("float64")["features"], FLOAT64)
@@ -166,7 +165,7 @@ def test_bfloat16_is_as_close_to_float64_as_torch_is() -> None:
 
 def forward(config: GLM4VConfig = CONFIG) -> Any:
     model = model_of(config=config)
-    return jitted(lambda params, images: model.apply({"params": params}, images))
+    return jax.jit(lambda params, images: model.apply({"params": params}, images))
 
 
 right = cache(forward)
@@ -274,8 +273,8 @@ def test_a_text_model_has_no_tower() -> None:
 def test_dropout_acts_where_asked_for() -> None:
     model = model_of("float32", vision_config(dropout_prob=0.5))
     params, pixels = params_of(state(), "float32"), jnp.asarray(images())
-    drop = jitted(lambda seed: model.apply({"params": params}, pixels, False, rngs={"dropout": jax.random.key(seed)}))
-    keep = jitted(lambda: model.apply({"params": params}, pixels))()
+    drop = jax.jit(lambda seed: model.apply({"params": params}, pixels, False, rngs={"dropout": jax.random.key(seed)}))
+    keep = jax.jit(lambda: model.apply({"params": params}, pixels))()
     assert_close(keep, golden("float32")["features"], FLOAT32)
     assert error(drop(0), keep) > 0.1 and error(drop(0), drop(1)) > 0.1
 

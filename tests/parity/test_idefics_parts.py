@@ -15,7 +15,6 @@ from flax_vlm.models.idefics import (
     IdeficsPerceiverResampler,
     IdeficsVisionModel,
 )
-from tests.compiling import jitted
 from tests.parity import idefics_cases as cases
 from tests.tolerances import FLOAT64, assert_close, assert_gradients_close
 
@@ -44,7 +43,7 @@ def test_vision_model(height: int, width: int, x64: None) -> None:
         output = model.apply({"params": params}, pixels, interpolate, output_hidden_states=True)
         return (output.last_hidden_state**3).sum() + (output.pooler_output**3).sum(), output
 
-    gradients, ours = jitted(jax.grad(loss, has_aux=True))(params, jnp.asarray(inputs["pixel_values"]))
+    gradients, ours = jax.jit(jax.grad(loss, has_aux=True))(params, jnp.asarray(inputs["pixel_values"]))
     tensors = cases.to_torch(inputs | {"interpolate_pos_encoding": True}, "float64")
     expected = theirs(**tensors, output_hidden_states=True)
     ((expected.last_hidden_state**3).sum() + (expected.pooler_output**3).sum()).backward()
@@ -109,7 +108,7 @@ def test_perceiver_resampler(norms: bool, x64: None) -> None:
         latents = model.apply({"params": params}, context)
         return (latents**3).sum(), latents
 
-    gradients, ours = jitted(jax.grad(loss, has_aux=True))(params, jnp.asarray(context))
+    gradients, ours = jax.jit(jax.grad(loss, has_aux=True))(params, jnp.asarray(context))
     expected = theirs(cases.to_torch({"context": context}, "float64")["context"])
     (expected**3).sum().backward()
     assert_close(ours, expected.detach(), FLOAT64)
@@ -123,7 +122,7 @@ def test_initial_weights_are_spread_as_in_the_reference(name: str) -> None:
     sizes = {"hidden_size": 120, "vocab_size": 200, "initializer_range": 0.05}
     config = replace(cases.WHOLE[name], vision_config=vision, **sizes)
     model = IdeficsForVisionText2Text(config)
-    params = jitted(lambda key: nn.meta.unbox(model.init(key, **model.example_inputs())))(jax.random.key(0))
+    params = jax.jit(lambda key: nn.meta.unbox(model.init(key, **model.example_inputs())))(jax.random.key(0))
     ours = convert.state_dict(config, params["params"])
     theirs = cases.untouched_torch_model(config).state_dict()
     assert ours.keys() == theirs.keys()

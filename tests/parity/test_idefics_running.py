@@ -18,7 +18,6 @@ from flax_vlm.models.idefics import (
     IdeficsPerceiverResampler,
     IdeficsVisionModel,
 )
-from tests.compiling import jitted
 from tests.parity import idefics_cases as cases
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
 
@@ -209,7 +208,7 @@ def test_dropout(scan: bool) -> None:
     arrays = cases.to_jax(cases.texts(config=config) | cases.embedded_images(config), "float32")
     model = model_of(config, "float32", scan_layers=scan)
 
-    @jitted
+    @jax.jit
     def noisy(seed: int) -> Any:
         rngs = {"dropout": jax.random.key(seed)}
         return model.apply({"params": params}, **arrays, deterministic=False, rngs=rngs, output_attentions=True)
@@ -230,7 +229,7 @@ def test_dropout_of_everything_leaves_the_embeddings() -> None:
     params = cases.random_params(config, "float32")
     arrays = cases.to_jax(cases.texts(config=config) | cases.embedded_images(config), "float32")
 
-    @jitted
+    @jax.jit
     def states(params: Any) -> Any:
         rngs = {"dropout": jax.random.key(0)}
         model = model_of(config, "float32")
@@ -252,7 +251,7 @@ def test_recomputation_drops_the_same(scan: bool, remat: Any, x64: None) -> None
     arrays = cases.to_jax(cases.texts(config=config) | cases.embedded_images(config), "float64")
     model = model_of(config, scan_layers=scan, remat=remat)
 
-    @jitted
+    @jax.jit
     @jax.value_and_grad
     def loss(params: Any) -> Any:
         rngs = {"dropout": jax.random.key(0)}

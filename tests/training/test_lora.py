@@ -21,7 +21,6 @@ from flax_vlm.models.glm4v import GLM4VForCausalLM, GLM4VForConditionalGeneratio
 from flax_vlm.models.idefics import IdeficsForVisionText2Text
 from flax_vlm.training import lora
 from flax_vlm.training.lora import LoraConfig
-from tests.compiling import jitted
 from tests.parity import altclip_cases, glm4v_cases, idefics_cases
 from tests.tolerances import FLOAT64, assert_close
 
@@ -66,12 +65,12 @@ def made(family: str) -> tuple[Any, Any, Any, Any]:
     """Model, parameters, inputs, and what the model makes of them."""
     with jax.enable_x64(True):
         model, inputs = FAMILIES[family]()
-        return model, noise(nn.meta.unbox(abstract_params(model))), inputs, jitted(outcome(model))
+        return model, noise(nn.meta.unbox(abstract_params(model))), inputs, jax.jit(outcome(model))
 
 
 @cache
 def with_adapters(family: str) -> Any:
-    return jitted(outcome(lora.adapted(made(family)[0], CONFIG)))
+    return jax.jit(outcome(lora.adapted(made(family)[0], CONFIG)))
 
 
 def outcome(model: Any) -> Any:
@@ -102,7 +101,7 @@ def test_every_adapter_learns_in_a_scan(family: str, x64: None) -> None:
     untrained = lora.init(CONFIG, params, jax.random.key(0))
     scanned = outcome(lora.adapted(model.clone(scan_layers=True, remat="full"), CONFIG))
 
-    @jitted
+    @jax.jit
     def gradients(adapters: Any) -> Any:
         def loss(adapters: Any) -> Any:
             found = scanned(deep(stack_params(params), adapters), inputs)
@@ -132,7 +131,7 @@ def test_the_sum_of_the_kernels_is_never_formed() -> None:
     adapted = lora.adapted(model, CONFIG)
 
     def memory(loss: Callable[[Any, Any, Any], Any]) -> int:
-        compiled = jitted(jax.grad(loss)).lower(adapters, params, ids).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(adapters, params, ids).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     of_kernels = 4 * sum(leaf.size for leaf in jax.tree.leaves(params["transformer"]["encoder"]["layers"]))

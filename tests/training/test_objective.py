@@ -17,7 +17,6 @@ from flax import linen as nn
 from flax_vlm.models.altclip import AltCLIPModel
 from flax_vlm.models.idefics import IdeficsForVisionText2Text
 from flax_vlm.training.objective import Objective, contrastive, has_dropout, next_token
-from tests.compiling import jitted
 from tests.parity import altclip_cases, glm4v_cases, idefics_cases
 from tests.tolerances import FLOAT64, FLOAT64_GRADIENT, assert_close
 
@@ -39,7 +38,7 @@ def idefics(config: Any = IDEFICS) -> tuple[Any, Any]:
 @cache
 def altclip(config: Any = ALTCLIP) -> tuple[Any, Any]:
     model = AltCLIPModel(config, **DOUBLE)
-    params = nn.meta.unbox(jitted(model.init)(jax.random.key(0), **model.example_inputs()))["params"]
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), **model.example_inputs()))["params"]
     return model, jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim > 1 else leaf, params)
 
 
@@ -54,7 +53,7 @@ def with_gradients(objective: Objective) -> Any:
         loss = objective(params, batch, jax.random.key(0))
         return loss.total / loss.weight, loss.weight
 
-    return jitted(jax.value_and_grad(mean, has_aux=True))
+    return jax.jit(jax.value_and_grad(mean, has_aux=True))
 
 
 def assert_equal(actual: Any, expected: Any) -> None:
@@ -150,7 +149,7 @@ def test_contrastive_is_the_models_own_loss(x64: None) -> None:
     def own(params: Any, batch: Any) -> Any:
         return model.apply({"params": params}, **batch, return_loss=True).loss, jnp.float64(6)
 
-    expected = jitted(jax.value_and_grad(own, has_aux=True))(params, batch)
+    expected = jax.jit(jax.value_and_grad(own, has_aux=True))(params, batch)
     for options in ({}, {"microbatches": 3, "chunk": 2}):
         assert_equal(with_gradients(contrastive(model, **options))(params, batch), expected)
 
@@ -169,7 +168,7 @@ def test_sigmoid_is_that_of_all_pairs(x64: None) -> None:
 def test_dropout_is_on_where_the_config_has_any(x64: None) -> None:
     _, params = altclip()
     batch = pairs()
-    loss = jitted(lambda rng: contrastive(AltCLIPModel(DROPPING, **DOUBLE), microbatches=2)(params, batch, rng).total)
+    loss = jax.jit(lambda rng: contrastive(AltCLIPModel(DROPPING, **DOUBLE), microbatches=2)(params, batch, rng).total)
     one, same, other = (loss(jax.random.key(seed)) for seed in (1, 1, 2))
     assert one == same and abs(one - other) > 1e-6
     assert has_dropout(DROPPING) and has_dropout(altclip_cases.WHOLE)

@@ -15,7 +15,6 @@ from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models.abstract import abstract_params
 from flax_vlm.models.idefics import IdeficsForVisionText2Text
 from flax_vlm.training.optimizer import NAMES, OptimizerConfig, make_optimizer
-from tests.compiling import jitted
 from tests.parity import idefics_cases
 from tests.tolerances import FLOAT64, assert_close
 
@@ -40,7 +39,7 @@ def course(transform: Any, steps: int = 3, scale: float = 1.0, stacked: bool = F
     """The parameters after so many steps, with gradients drawn at random."""
     drawn = [draw(0), *(jax.tree.map(lambda each: scale * each, draw(step + 1)) for step in range(steps))]
 
-    @jitted
+    @jax.jit
     def run(params: Any, *gradients: Any) -> Any:
         state = transform.init(params)
         for each in gradients:
@@ -94,9 +93,9 @@ def test_stacked_blocks_of_idefics_decay_alike() -> None:
     def moved(params: Any) -> Any:
         transform = make_optimizer(replace(PLAIN, name="sgd", weight_decay=0.2), params, 9).transform
         still = jax.tree.map(np.zeros_like, params)
-        return jitted(lambda params: transform.update(still, transform.init(params), params)[0])(params)
+        return jax.jit(lambda params: transform.update(still, transform.init(params), params)[0])(params)
 
-    loop, scan = moved(params), moved(jax.device_get(jitted(stack_params)(params)))
+    loop, scan = moved(params), moved(jax.device_get(jax.jit(stack_params)(params)))
     same(unstack_params(jax.device_get(scan)), loop)
     assert all(update.any() == (update.ndim > 1) for update in jax.tree.leaves(loop))
 

@@ -30,7 +30,6 @@ from flax_vlm.training.objective import Loss
 from flax_vlm.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from flax_vlm.training.patterns import Patterns, exact
 from flax_vlm.training.step import MEMORY, TrainState, make_step, merge, split, state_shardings
-from tests.compiling import jitted
 from tests.parity import idefics_cases
 from tests.tolerances import assert_close
 
@@ -81,7 +80,7 @@ def start(
 
 @cache
 def compiled(config: OptimizerConfig, drop: float = 0.0, **options: Any) -> Callable[..., Any]:
-    return jitted(make_step(partial(squares, Model(drop=drop)), start(config)[1], **options))
+    return jax.jit(make_step(partial(squares, Model(drop=drop)), start(config)[1], **options))
 
 
 def numbers(tree: Any) -> Any:
@@ -151,7 +150,7 @@ def test_what_is_frozen_has_no_gradient_no_slots_and_never_moves(x64: None) -> N
     assert set(state.params) == {"upper"} and set(state.frozen) == {"lower"}
     slots = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.shape]
     assert sorted(slots) == sorted([(7, 3), (3,)] * 2)
-    after, _ = jitted(make_step(objective, optimizer, ema_decay=0.9, accumulate=2))(state, batch())
+    after, _ = jax.jit(make_step(objective, optimizer, ema_decay=0.9, accumulate=2))(state, batch())
     identical(after.frozen, state.frozen)
     assert (after.params["upper"]["kernel"] != state.params["upper"]["kernel"]).all()
     everything, optimizer = start(ADAM)
@@ -255,7 +254,7 @@ def test_what_trains_is_wide_and_what_computes_is_narrow() -> None:
         seen.add(out.dtype.name)
         return squares(model, params, rows, rng)
 
-    step = jitted(make_step(objective, optimizer, accumulate=2, ema_decay=0.9))
+    step = jax.jit(make_step(objective, optimizer, accumulate=2, ema_decay=0.9))
     rows = jax.tree.map(lambda each: each.astype(np.float32), batch())
     after = state
     for _ in range(5):

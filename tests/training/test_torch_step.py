@@ -20,7 +20,6 @@ from flax_vlm.training.objective import Objective, contrastive, next_token
 from flax_vlm.training.optimizer import OptimizerConfig, make_optimizer
 from flax_vlm.training.patterns import Patterns, exact
 from flax_vlm.training.step import TrainState, make_step, merge, split
-from tests.compiling import jitted
 from tests.parity import altclip_cases, idefics_cases
 from tests.tolerances import FLOAT64, FLOAT64_GRADIENT, assert_close
 
@@ -95,8 +94,8 @@ def our_course(
     )
     optimizer = make_optimizer(config, learning, STEPS)
     create = partial(TrainState.create, optimizer=optimizer, dtype=jnp.float64, param_dtype=jnp.float64)
-    state = jitted(create)(learning, frozen, rng=jax.random.key(0))
-    step = jitted(make_step(objective, optimizer, spike_factor=1e3, **options))
+    state = jax.jit(create)(learning, frozen, rng=jax.random.key(0))
+    step = jax.jit(make_step(objective, optimizer, spike_factor=1e3, **options))
     metrics, course = [], [jax.tree.map(np.array, named(params))]  # copies: these arrays may be torch's own
     for i in range(STEPS):
         state, each = step(state, batch)
