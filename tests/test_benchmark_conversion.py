@@ -126,6 +126,7 @@ def test_the_steps_go_there_and_back(tiny, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *loaded)
 
 
+@pytest.mark.slow
 def test_one_command_prints_the_table_and_writes_json(tiny, tmp_path, capsys):
     path, workdir = tmp_path / "new" / "out.json", tmp_path / "work"
     options = "--model AltCLIP --size full --rounds 1 --allow-busy".split()

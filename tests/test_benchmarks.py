@@ -54,7 +54,10 @@ def test_one_command_prints_the_table_and_writes_json(tmp_path, capsys):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("module, family", [("vision_tower", "GLM-4V"), ("generation", "GLM-4V"), ("train_step", "")])
+@pytest.mark.parametrize(
+    "module, family",
+    [("vision_tower", "GLM-4V"), ("generation", "GLM-4V"), pytest.param("train_step", "", marks=pytest.mark.slow)],
+)
 def test_contestants_make_the_same(module, family):
     chosen = [case for case in cases.cases(module, quick=True) if family in case.title and "bfloat16" in case.title]
     assert chosen

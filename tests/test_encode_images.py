@@ -79,6 +79,7 @@ def test_glm4v() -> None:
         vlm(input_ids=inputs["input_ids"], image_slots=inputs["input_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_altclip() -> None:
     model = AltCLIPModel(altclip_cases.WHOLE, dtype=np.float64, param_dtype=np.float64)

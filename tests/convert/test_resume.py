@@ -171,6 +171,7 @@ def test_many_killed_conversions_go_on(moments: Callable[..., Any], case: Case, 
     die_and_go_on(case, tmp_path, 100, moments(case))
 
 
+@pytest.mark.slow
 def test_killed_while_orbax_takes_over(cases: dict[str, Case], tmp_path: Path) -> None:
     case = cases["to_flax"]
     renames = [step for step, what in enumerate(case.whole.steps, 1) if what == "os.rename"]
@@ -178,6 +179,7 @@ def test_killed_while_orbax_takes_over(cases: dict[str, Case], tmp_path: Path) -
         die_and_go_on(case, tmp_path / str(step), 1, lambda target, step=step: case.start(target, step))
 
 
+@pytest.mark.slow
 def test_a_kill_while_one_checkpoint_replaces_another(cases: dict[str, Case], tmp_path: Path) -> None:
     case = cases["to_torch"]
     old = tmp_path / "old"

@@ -88,6 +88,7 @@ def count_nonfinite(array: np.ndarray) -> int:
     return int(np.count_nonzero(~np.isfinite(array.astype(np.float64)))) if is_float(array.dtype) else 0
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     table=tables(),

@@ -79,6 +79,7 @@ def test_held_out_pictures_are_those_of_the_image_tower() -> None:
         np.testing.assert_array_equal(ours["labels"], towers["labels"])
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.usefixtures("silent_transformers")
 def test_transformers_says_the_same(vlm: flax_vlm.VLM, talk: demo.Talk) -> None:

@@ -300,6 +300,7 @@ def test_a_stop_string_may_begin_in_the_prompt() -> None:
     assert generate(MODEL, PARAMS, PROMPTS, config, tokenizer=tokenizer).lengths[0] == 1
 
 
+@pytest.mark.slow
 def test_on_a_mesh() -> None:
     script = Path(__file__).with_name("on_a_mesh.py")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"

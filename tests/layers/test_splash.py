@@ -132,6 +132,7 @@ def test_what_it_cannot_serve_is_said(unchecked_types: None) -> None:
         attend(query, key, value, implementation="splash", return_weights=True)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing() -> None:
     script = ROOT / "tests" / "layers" / "attention_on_eight_devices.py"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

@@ -76,16 +76,15 @@ def answers(vlm: flax_vlm.VLM, case: Case) -> Any:
     return vlm.generate(**case.prompt, max_new_tokens=4, do_sample=False).sequences
 
 
-def main(family: str, folder: Path) -> None:
+def main(family: str, folder: Path, *ways: str) -> None:
     assert len(jax.devices()) == 8
     case = FAMILIES[family](folder)
     single = flax_vlm.from_pretrained(case.checkpoint, dtype="float64")
     arrays = {name: jax.numpy.asarray(array) for name, array in case.inputs.items()}
     expected_loss, expected_scores, expected = loss_and_gradients(single, case, arrays)
     expected_answers = answers(single, case)
-    for name, (sizes, scan_layers) in WAYS.items():
-        if name == "sequence" and family != "altclip":
-            continue
+    for name in ways:
+        sizes, scan_layers = WAYS[name]
         mesh, rules = parallel.make_mesh(**sizes), RULES[name]
         vlm = flax_vlm.from_pretrained(
             case.checkpoint, dtype="float64", mesh=mesh, rules=rules, scan_layers=scan_layers
@@ -106,4 +105,4 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -1,12 +1,14 @@
 """Programs compiled for TPUs that are not here; `make test-slow` installs the compiler that the slow tests ask."""
 
 import importlib.util
+import math
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_vlm import parallel
@@ -169,6 +171,52 @@ def test_a_generation_of_eighty_billion_fits() -> None:
         assert gathered_at_once(program) < size / 100
     # About two products a parameter and token; pictures are read once, with the prompts.
     assert 1.6 * size < writing.flops / writing.tokens < 2.2 * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["idefics-9b", "glm-4v-9b"])
+def test_reading_and_writing_hold_no_scores(name: str) -> None:
+    """On eight v5e. A score for each pair of tokens would be [rows, heads, tokens, slots]: it is nowhere."""
+    load = programs.Load(batch=8, seq=1496, images=1, new_tokens=64)
+    module, size = build(name, "generate", load)
+    mesh = parallel.make_mesh(1, 1, -1, devices=aot.devices("v5e:2x4"))
+    reading, writing = programs.generation(module, mesh, "fsdp_tensor", load)
+    slots = reading.arguments[1]
+    for draft in (reading, writing):
+        program = aot.compile_for(mesh, "fsdp_tensor", draft.jitted, *draft.arguments, quick=True)
+        print(name, program.memory, hlo.by_kind(program.collectives), f"{program.seconds:.0f} s")
+        assert program.memory.total < find_chip(mesh.devices.flat[0].device_kind).memory
+        assert gathered_at_once(program) < size / 50
+        assert ("splash_mha_fwd" in program.text) == (draft is reading)
+        pairs = {shape for shape in shapes(program) if {load.seq, slots} <= set(shape)}
+        assert all(math.prod(shape) <= load.batch * load.seq * slots for shape in pairs), pairs  # masks at most
+
+
+@pytest.mark.slow
+def test_embedding_holds_no_scores() -> None:
+    """AltCLIP on four v5e, 64 pictures and texts each."""
+    load = programs.Load(batch=256, seq=77)
+    module, _ = build("altclip", "generate", load)
+    mesh = parallel.make_mesh(devices=aot.devices("v5e:2x2"))
+    boxed = abstract_params(module)
+    params = jax.tree.map(programs._placed, nn.meta.unbox(boxed), parallel.shardings(boxed, mesh, "replicated"))
+    inputs = programs._on(parallel.batch_sharding(mesh, "replicated"), programs.inputs(module, load))
+
+    def forward(params: Any, inputs: Any) -> jax.Array:
+        return module.apply({"params": params}, **inputs).logits_per_image
+
+    program = aot.compile_for(mesh, "replicated", jax.jit(forward), params, inputs)
+    print(program.memory, hlo.by_kind(program.collectives), f"{program.seconds:.0f} s")
+    assert "splash_mha_fwd" in program.text
+    patches = module.config.vision_config.num_patches + 1
+    assert not {shape for shape in shapes(program) if shape[-2:].count(patches) == 2}
+    assert program.memory.total < find_chip(mesh.devices.flat[0].device_kind).memory
+
+
+def shapes(program: aot.Program) -> set[tuple[int, ...]]:
+    """Of all arrays in the program's text."""
+    found = re.findall(r"\b(?:f32|bf16|f16|pred|s8|u8|s32)\[([0-9,]+)\]", program.text)
+    return {tuple(map(int, each.split(","))) for each in found}
 
 
 def gathered_at_once(program: aot.Program) -> int:

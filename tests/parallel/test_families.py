@@ -19,9 +19,17 @@ from tests.parity import altclip_cases, glm4v_cases, idefics_cases
 
 
 @pytest.mark.parametrize("family", ["altclip", "idefics", "glm4v"])
+def test_sharded_equals_one_device(family: str, tmp_path: Path) -> None:
+    (printed,) = run("families_on_eight_devices.py", [family, tmp_path / "checkpoint", "fsdp_tensor"])
+    assert printed == "fsdp_tensor: the same\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["altclip", "idefics", "glm4v"])
 def test_sharded_equals_one_device_by_any_rules(family: str, tmp_path: Path) -> None:
-    (printed,) = run("families_on_eight_devices.py", [family, tmp_path / "checkpoint"])
-    assert printed.count("the same") == (4 if family == "altclip" else 3)
+    ways = ["replicated", "fsdp", *(["sequence"] if family == "altclip" else [])]
+    (printed,) = run("families_on_eight_devices.py", [family, tmp_path / "checkpoint", *ways])
+    assert printed.count("the same") == len(ways)
 
 
 def specs(boxed: Any, rules: parallel.Rules = parallel.FSDP_TENSOR) -> dict[str, P]:

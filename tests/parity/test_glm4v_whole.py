@@ -77,6 +77,7 @@ def errors(seed: int) -> tuple[float, float]:
     return tuple(np.mean(np.square(each - exact)[seen]) for each in (own, expected))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_close_to_float64_as_torch_is() -> None:
     """From pixels to logits; it rounds where torch does, so that neither is closer, over many weights and pictures."""
     mine, torchs = np.log([errors(seed) for seed in range(20)]).T
@@ -84,6 +85,7 @@ def test_bfloat16_is_as_close_to_float64_as_torch_is() -> None:
     assert np.exp(np.mean(mine - torchs) / 2) <= BFLOAT16_RATIO_DECODER
 
 
+@pytest.mark.slow
 def test_600_positions_before_and_behind_a_picture(x64: None) -> None:
     """Logits, loss and gradients: of one picture in the middle, and of two with padding before them."""
     labels = np.where(np.random.default_rng(2).random(LONG["input_ids"].shape) < 0.3, -100, LONG["input_ids"])
@@ -101,6 +103,7 @@ def test_600_positions_before_and_behind_a_picture(x64: None) -> None:
     assert_gradients_close(flatten_params(gradients), flatten_params(wanted))
 
 
+@pytest.mark.slow
 def test_beams() -> None:
     """The ids and scores of transformers' search, which computes every beam anew from ids and pictures."""
     theirs = cases.torch_whole("float32")

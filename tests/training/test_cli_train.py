@@ -99,6 +99,7 @@ def test_altclip(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(jax.tree.leaves(jax.tree.map(lambda one, other: bool((one == other).all()), after, again)))
 
 
+@pytest.mark.slow
 def test_idefics_with_adapters(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

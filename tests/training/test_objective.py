@@ -183,6 +183,7 @@ def test_what_does_not_belong_together() -> None:
         contrastive(model, microbatches=4)({}, {"input_ids": jnp.zeros((6, 5), int)}, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_sharded_objectives_equal_one_device() -> None:
     script = ROOT / "tests" / "training" / "objective_on_eight_devices.py"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
