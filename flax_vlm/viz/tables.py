@@ -125,7 +125,7 @@ def similarity(
         for c in range(matrix.shape[1]):
             _box(axes, c, r, 1, 1, shades[r][c])
             if decimals is not None:
-                number = f"{matrix[r, c]:.{decimals}f}"
+                number = f"{round(float(matrix[r, c]), decimals) + 0.0:.{decimals}f}"  # no -0.00
                 ink = _ink_on(shades[r][c])
                 write(axes, c + 0.5, r + 0.5, number, ha="center", va="center", color=ink, fontsize=8)
     for c in range(matrix.shape[1]):

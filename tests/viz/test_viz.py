@@ -112,9 +112,9 @@ def test_words_are_shaded_and_those_to_come_left_out():
 
 
 def test_similarity_frames_the_best_of_each_column():
-    matrix = np.array([[0.1, 0.9], [0.7, 0.2]])
+    matrix = np.array([[-0.001, 0.9], [0.7, 0.2]])
     figure = viz.similarity(matrix, ["cat", "dog"], ["x", "y"], images=[PICTURE] * 2)
-    assert {"0.90", "0.20", "cat", "y"} <= set(texts(figure))
+    assert {"0.90", "0.00", "cat", "y"} <= set(texts(figure))
     frames = [patch.get_xy() for patch in figure.axes[-1].patches if not patch.get_fill()]
     assert frames == [(0, 1), (1, 0)]
     with pytest.raises(ValueError, match="rows: expected 2 for a matrix"):
