@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 PYTEST = JAX_PLATFORMS=cpu $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-slow test-latest lint format bench clean distclean environment environment-slow environment-latest
+.PHONY: help demo test test-slow test-latest lint format bench notebooks clean distclean environment environment-slow environment-latest
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,9 @@ format: environment ## let ruff fix and format what it can
 
 bench: environment ## ours against torch, in one table
 	.venv/bin/python -m benchmarks
+
+notebooks: environment ## run the notebooks, and store what they show
+	.venv/bin/python scripts/notebooks.py
 
 clean: ## remove build outputs and caches; the environments stay
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache demo-output

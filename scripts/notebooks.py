@@ -1,13 +1,13 @@
 """Executes notebooks and writes them, with what they show, beside their sources: `make notebooks`.
 
     python scripts/notebooks.py                       # all of notebooks/*.py
-    python scripts/notebooks.py notebooks/02_altclip.py
+    python scripts/notebooks.py notebooks/02_altclip.py --output elsewhere
 
 A notebook is a Python file of cells (jupytext's py:percent); the .ipynb of the same name has its outputs too.
 """
 
+import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +19,12 @@ HERE = Path(__file__).parents[1] / "notebooks"
 LARGEST = 400_000  # bytes of one .ipynb
 
 
-def main(sources: list[Path]) -> None:
-    for source in sources:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="*", type=Path, help="all by default")
+    parser.add_argument("--output", type=Path, default=HERE, help="the folder of what is written; that of the sources")
+    options = parser.parse_args()
+    for source in options.sources or sorted(HERE.glob("[0-9]*.py")):
         began = time.perf_counter()
         notebook = jupytext.read(source)
         NotebookClient(
@@ -30,7 +34,7 @@ def main(sources: list[Path]) -> None:
         text = nbformat.writes(notebook) + "\n"
         if len(text.encode()) > LARGEST:
             raise SystemExit(f"{source.name}: its notebook has {len(text.encode()):,} bytes, more than {LARGEST:,}")
-        source.with_suffix(".ipynb").write_text(text, "utf-8")
+        (options.output / source.name).with_suffix(".ipynb").write_text(text, "utf-8")
         print(f"{source.name}: {time.perf_counter() - began:.0f} s, {len(text.encode()) / 1000:.0f} kB", flush=True)
 
 
@@ -51,4 +55,4 @@ def tidy(notebook: nbformat.NotebookNode, name: str) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    main([Path(name) for name in sys.argv[1:]] or sorted(HERE.glob("[0-9]*.py")))
+    main()

@@ -10,6 +10,7 @@ from tests.tolerances import FLOAT32, FLOAT64
 pytestmark = pytest.mark.torch
 
 
+@pytest.mark.slow
 def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main(["AltCLIP", "IDEFICS"]) == 0
     assert not jax.config.read("jax_enable_x64")
