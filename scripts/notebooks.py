@@ -55,4 +55,5 @@ def tidy(notebook: nbformat.NotebookNode, name: str) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # bars that a stored notebook leaves out anyway
     main()
