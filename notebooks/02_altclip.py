@@ -28,6 +28,7 @@ import numpy as np
 
 import flax_vlm
 from flax_vlm import demo, viz, zero_shot
+from flax_vlm.inference import PictureVectors, TextVectors, embed
 
 EXAMPLE = Path("../examples/altclip-digits")
 viz.use_fonts(EXAMPLE / "fonts")  # matplotlib's own font has no Chinese, Japanese or Korean characters
@@ -83,8 +84,8 @@ viz.gallery(
 # %%
 one_of_each = [int(np.flatnonzero(labels == digit)[0]) for digit in range(10)]
 sentences = [language.prompt(digit) for digit in (3, 7) for language in languages]
-text_embeds = zero_shot.embed_texts(vlm, sentences)
-image_embeds = zero_shot.embed_images(vlm, list(pictures), batch_size=len(pictures))
+text_embeds = embed(TextVectors(vlm), sentences, 32)
+image_embeds = embed(PictureVectors(vlm), list(pictures), len(pictures))
 cosines = text_embeds @ image_embeds[one_of_each].T
 assert (cosines.argmax(1) == np.repeat([3, 7], len(languages))).all()
 
@@ -102,7 +103,7 @@ viz.similarity(
 
 # %%
 greek, chinese = (next(each for each in languages if each.code == code) for code in ("el", "zh"))
-one, other = (zero_shot.embed_texts(vlm, [each.prompt(digit) for digit in range(10)]) for each in (greek, chinese))
+one, other = (embed(TextVectors(vlm), [each.prompt(digit) for digit in range(10)], 32) for each in (greek, chinese))
 assert np.diag(one @ other.T).min() > 0.9 > 0.6 > (one @ other.T)[~np.eye(10, dtype=bool)].max()
 
 viz.similarity(
@@ -121,7 +122,7 @@ viz.similarity(
 # %%
 queries = [language.prompt(digit) for language, digit in zip(languages, (2, 7, 5, 3, 8, 4), strict=True)]
 wanted = np.array([2, 7, 5, 3, 8, 4])
-scores = zero_shot.embed_texts(vlm, queries) @ image_embeds.T  # [queries, pictures]
+scores = embed(TextVectors(vlm), queries, 32) @ image_embeds.T  # [queries, pictures]
 best = np.argsort(-scores, axis=1)[:, :8]
 right = labels[best] == wanted[:, None]
 assert right.mean() > 0.95
