@@ -24,7 +24,7 @@ class Checkpoints:
         """Opens `folder`, on a disk or a gs:// address that all processes reach, and makes it where it is missing."""
         self.folder = epath.Path(folder).expanduser().resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = _Manager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -76,6 +76,17 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, then lets go of the folder."""
         self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to the loop to ask JAX whether to stop.
+
+    JAX agrees on a step to stop after from the newest one that each process asked about. Orbax's thread asks when it
+    has written a checkpoint, about the step of that one, and so took a process back: one stopped, the other waited.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def _of_all_processes(text: str) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import struct
+from jax.experimental import multihost_utils
 
 from flax_vlm.training import checkpoints
 from flax_vlm.training.checkpoints import Checkpoints
@@ -93,6 +94,15 @@ def test_what_is_half_written_is_never_chosen(tmp_path: Path, left: str) -> None
         restored, _ = found.restore(2, {"a": jax.ShapeDtypeStruct((3,), jnp.float32)})
         assert restored["a"].tolist() == [2, 2, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_only_the_loop_asks_whether_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False)
+    with Checkpoints(tmp_path) as written:
+        written.save(1, make_state(), {})
+        written.wait()
+    assert not asked
 
 
 def test_another_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
