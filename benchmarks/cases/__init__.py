@@ -25,6 +25,7 @@ class Case(NamedTuple):
 
     title: str
     contestants: Mapping[str, Callable[[], Work]]
+    environments: Mapping[str, Mapping[str, str]] = {}  # what is added to that of a contestant's process
 
 
 def cases(module: str, quick: bool) -> list[Case]:

@@ -2,7 +2,8 @@
 
 An image tower of 87 million parameters (ViT-B/16), and two of the layers of the IDEFICS that `generation` writes with,
 288 million with the vocabulary, whose weights, gradients and slots take 4.6 GB on either side. In bfloat16 torch runs
-under its autocast.
+under its autocast. `flax-vlm train` starts with large pages of memory, and so does ours here; torch runs with and
+without them.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 from benchmarks.cases import Case, Work
 from benchmarks.cases.generation import IDEFICS_630M, IDEFICS_SMALL, PROMPT, words_and_image
 from benchmarks.cases.vision_tower import VIT_SMALL, pictures
+from flax_vlm.cli import large_pages
 
 Sizes = dict[str, Any]
 
@@ -45,8 +47,14 @@ def cases(quick: bool) -> list[Case]:
             (f"ViT-B/16, batch {VIT_BATCH}", our_vit, their_vit, vit),
             (f"IDEFICS 288M, {PROMPT} tokens, batch 1", our_idefics, their_idefics, idefics),
         ):
-            contestants = {"flax_vlm": partial(ours, sizes, dtype), "torch sdpa": partial(theirs, sizes, dtype)}
-            chosen.append(Case(f"train step, {title}, {dtype}", contestants))
+            torch = partial(theirs, sizes, dtype)
+            contestants = {
+                "flax_vlm": partial(ours, sizes, dtype),
+                "torch sdpa": torch,
+                "torch sdpa, large pages": torch,
+            }
+            environments = dict.fromkeys(("flax_vlm", "torch sdpa, large pages"), large_pages.environment())
+            chosen.append(Case(f"train step, {title}, {dtype}", contestants, environments))
     return chosen
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from . import checks, evaluate, pictures, plan, records, talk, train, weights  # noqa: F401, they register their commands
 from .app import app
 from .compile_cache import keep_compiled
+from .large_pages import start_again
 
 _ABOUT = (
     "Vision-language models in JAX: convert checkpoints from and to PyTorch, and use them. --debug shows tracebacks."
@@ -17,9 +18,12 @@ _MISTAKES = (ValueError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; exit code 2 and one sentence for a mistake of the caller's (with --debug, a traceback).
 
-    Without `arguments` it is the program of this process, takes those of the process, and keeps what it compiles.
+    Without `arguments` it is the program of this process, takes those of the process, keeps what it compiles, and
+    trains with large pages of memory.
     """
     if arguments is None:
+        if sys.argv[1:2] == ["train"]:
+            start_again()
         keep_compiled()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
