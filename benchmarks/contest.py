@@ -79,7 +79,7 @@ class Contestant:
             text=True,
             bufsize=1,
             cwd=Path(__file__).parents[1],
-            env=_environment() | case.environments.get(name, {}),
+            env={**_environment(), **case.environments.get(name, {})},
             process_group=0,
         )
 

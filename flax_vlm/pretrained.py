@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -14,13 +14,13 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from flax_vlm import checkpoint, generation, parallel
+from flax_vlm import checkpoint, copies, generation, loading, parallel
 from flax_vlm.chat import ChatSession, Message
 from flax_vlm.hub import local_folder
-from flax_vlm.layers.param_tree import common_float, flatten_params, unflatten_params
+from flax_vlm.layers.quantized import is_quantized
 from flax_vlm.layers.stack import stack_params, unstack_params
 from flax_vlm.models import registry
-from flax_vlm.models.abstract import abstract_params, blank_inputs
+from flax_vlm.models.abstract import blank_inputs
 from flax_vlm.processing import PROCESSORS, TextStream
 from flax_vlm.whole_folder import draft_of, whole_folder
 
@@ -190,7 +190,13 @@ class VLM:
         return self(method="get_image_features", **inputs)
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> "VLM":
-        """A copy without these self-attention heads, {layer: [heads]}, of the text tower."""
+        """A copy without these self-attention heads, {layer: [heads]}, of the text tower.
+
+        Raises:
+          ValueError: for weights in eight bits.
+        """
+        if is_quantized(self.params):
+            raise ValueError("heads are taken out of float weights: load without `quantize`, and save what is pruned")
         from flax_vlm.models.altclip import prune_heads
 
         config, params = prune_heads(self.config, self.params, heads_to_prune)
@@ -202,8 +208,10 @@ class VLM:
         Of several processes each writes what its devices hold: all of them call this, for a folder that all reach.
 
         Raises:
-          FileExistsError: when `target` is taken.
+          FileExistsError: when `target` is taken; ValueError: for weights in eight bits.
         """
+        if is_quantized(self.params):
+            raise ValueError("weights in eight bits are for running: load without `quantize` what is to be saved")
         params = unstack_params(self.params)
         data = {
             **self.config.to_hf(),
@@ -265,6 +273,9 @@ def from_pretrained(
     mesh: Mesh | None = None,
     rules: parallel.Rules | str = parallel.FSDP_TENSOR,
     scan_layers: bool = False,
+    quantize: Literal["int8"] | None = None,
+    cache_converted: bool | str | Path = False,
+    progress: bool | None = None,
     **model_options: Any,
 ) -> VLM:
     """Loads a checkpoint: a folder in PyTorch's layout or a native one, or the name of a repository on the Hub.
@@ -275,15 +286,25 @@ def from_pretrained(
       mesh: place parameters on it by `rules`, each device's slice straight from the file; without, on one device.
       rules: which mesh axes split what: "replicated", "fsdp", "fsdp_tensor", or a `parallel.Rules`.
       scan_layers: run the layers as a scan (fast to compile, for training) instead of unrolled (fast to run).
+      quantize: "int8" holds kernels and token tables in eight bits, for half the memory of bfloat16; the rest, and all
+        computation, is in `dtype`.
+      cache_converted: load from a native copy beside the Hub's cache, or in this folder, which the first call makes.
+      progress: a bar on stderr: False for none, None where that is a terminal or a notebook. A log line (logger
+        "flax_vlm", level INFO) tells seconds and peak memory.
       model_options: further attributes of the module: `remat`, `attention_implementation` ...
 
     Raises:
       ValueError: (ConversionError for PyTorch files) when files, config and model do not fit together.
     """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize!r}: expected 'int8' or None")
+    hidden = None if progress is None else not progress
     folder = local_folder(path)
+    if cache_converted:
+        folder = copies.native_copy(folder, path, cache_converted, hidden=hidden)
     data = checkpoint.read_config(folder)
     config = registry.read_config(data)
-    open_folder = _open_native if checkpoint.is_native(folder) else _open_torch
+    open_folder = loading.open_native if checkpoint.is_native(folder) else loading.open_torch
     opened = open_folder(folder, config, model_class, data.get("architectures"))
     compute = np.dtype(opened.dtype if dtype is None else dtype)
     if jax.dtypes.canonicalize_dtype(compute) != compute:
@@ -297,66 +318,13 @@ def from_pretrained(
         placed = jax.tree.map(lambda _: device, nn.meta.unbox(opened.abstract))
     else:
         placed = parallel.shardings(opened.abstract, mesh, rules)
-    params = unflatten_params(parallel.place(opened.shapes, flatten_params(placed), opened.read, dtype))
+    params = loading.load_params(
+        opened, placed, dtype=dtype, in_eight_bits=quantize == "int8", hidden=hidden, title=Path(path).name
+    )
     if scan_layers:
         params = stack_params(params)
     model = opened.model.clone(dtype=compute, param_dtype=compute, scan_layers=scan_layers, **model_options)
     return VLM(model, params, _load_processor(folder, config), _generation_config(folder, model), mesh, rules)
-
-
-class _Opened(NamedTuple):
-    """A checkpoint that fits its model, nothing of it read yet."""
-
-    model: Any
-    abstract: Any  # parameters as shapes, axis names attached
-    dtype: np.dtype  # the floating one that holds all of the checkpoint's
-    shapes: Mapping[str, tuple[int, ...]]  # by path, in the order in which to read
-    read: Callable[[str, tuple[slice, ...]], np.ndarray]  # one parameter, or a slice of it
-
-
-def _open_torch(folder: Path, config: Any, model_class: Any, architectures: Any) -> _Opened:
-    from flax_vlm.convert import port
-    from flax_vlm.convert.torch_files import TorchFiles
-
-    planned = port.plan(config, TorchFiles.open(folder), model_class, architectures)
-    sources = {source.flax: source for source in planned.sources}
-    shapes = {path: source.shape for path, source in sources.items()}
-
-    def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
-        return sources[path].read(planned.files, index)
-
-    return _Opened(planned.model, planned.abstract, planned.dtype, shapes, read)
-
-
-def _open_native(folder: Path, config: Any, model_class: Any, architectures: Any) -> _Opened:
-    whole = registry.model_class(config, architectures)
-    model_class = model_class or whole
-    place = registry.place_in(model_class, whole)
-    if place is None:
-        raise ValueError(f"{folder} holds a {whole.__name__}: it has no {model_class.__name__} inside")
-    files = checkpoint.open_params(folder)
-    held = place.inside(files.tensors)
-    model = registry.build(model_class, registry.config_for(model_class, config), held)
-    abstract = abstract_params(model)
-    expected = flatten_params(nn.meta.unbox(abstract))
-    faults = [f"{path}: missing" for path in expected.keys() - held.keys()]
-    faults += [f"{path}: not a parameter of {model_class.__name__}" for path in held.keys() - expected.keys()]
-    faults += [
-        f"{path}: has shape {held[path].shape}; {expected[path].shape} was expected"
-        for path in expected.keys() & held.keys()
-        if held[path].shape != expected[path].shape
-    ]
-    if faults:
-        listed = "\n  ".join(sorted(faults)[:10])
-        raise ValueError(
-            f"{folder}: config.json and parameters do not belong together ({len(faults)} faults):\n  {listed}"
-        )
-
-    def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
-        return files.read(place.prefix + path, index)
-
-    shapes = {path: leaf.shape for path, leaf in held.items()}
-    return _Opened(model, abstract, common_float(leaf.dtype for leaf in held.values()), shapes, read)
 
 
 def _load_processor(folder: Path, config: Any) -> Any:

@@ -13,8 +13,8 @@ from PIL import Image
 
 import flax_vlm
 from flax_vlm import cli, zero_shot
-from flax_vlm.cli.progress import progress_bar
 from flax_vlm.convert.stream import Progress
+from flax_vlm.progress import conversion_bar
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "altclip-digits"
@@ -66,14 +66,14 @@ def test_what_scripts_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_a_bar_where_someone_looks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress_bar(hidden=False) as progress:
+    with conversion_bar() as progress:
         progress(Progress(done=30, total=120, tensor="a/kernel", resumed=20))
         time.sleep(0.2)  # the bar is drawn ten times a second
         progress(Progress(done=120, total=120, tensor="b/kernel", resumed=20))
     shown = capsys.readouterr().err
     assert "100%" in shown
     assert "b/kernel" in shown
-    with progress_bar(hidden=True) as progress:
+    with conversion_bar(hidden=True) as progress:
         progress(Progress(done=120, total=120, tensor="b/kernel"))
     assert not capsys.readouterr().err
 

@@ -30,16 +30,20 @@ MAY_IMPORT = {
     "whole_folder": set(),
     "checkpoint": {"array_files"},
     "hub": {"checkpoint"},
+    "memory": set(),
+    "progress": {"convert"},
+    "copies": {"checkpoint", "convert", "flax_vlm", "progress"},
+    "loading": {"checkpoint", "convert", "layers", "memory", "models", "parallel", "progress"},
     "convert": BELOW_CONVERT,
     "generation": BELOW_CONVERT,
     "chat": {"generation", "processing"},
     "inference": {"generation"} | BESIDE,
     "training": BELOW_CONVERT | {"convert", "inference"},
     "viz": set(),
-    "pretrained": BELOW_PRETRAINED,
+    "pretrained": BELOW_PRETRAINED | {"copies", "loading"},
     "zero_shot": {"pretrained", "inference"},
     "demo": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot"},
-    "cli": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot", "demo"},
+    "cli": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot", "demo", "progress"},
 }
 NEVER_ON_IMPORT = {"torch", "transformers", "matplotlib"}
 

@@ -90,17 +90,22 @@ def cases(quick: bool) -> list[Case]:
                         "flax_vlm": partial(ours, family, sizes, batch, dtype, tokens),
                         "torch sdpa": partial(theirs, family, sizes, batch, dtype, tokens),
                     }
+                    if dtype == "bfloat16":
+                        contestants["flax_vlm, int8"] = partial(
+                            ours, family, sizes, batch, dtype, tokens, quantize=True
+                        )
                     chosen.append(Case(f"{name}, {PROMPT} tokens and {new} new, batch {batch}, {dtype}", contestants))
     return chosen
 
 
-def ours(family: Family, sizes: Sizes, batch: int, dtype: str, new: int) -> Work:
-    """`generation.generate`, layers unrolled."""
+def ours(family: Family, sizes: Sizes, batch: int, dtype: str, new: int, quantize: bool = False) -> Work:
+    """`generation.generate`, layers unrolled; with `quantize` as `from_pretrained(quantize="int8")` has it."""
     import jax
     import jax.numpy as jnp
     from flax.linen import meta
 
     from flax_vlm import generation
+    from flax_vlm.layers.quantized import quantize_params
 
     compute = jnp.dtype(dtype)
     model = family.our_model(sizes, dtype=compute, param_dtype=compute)
@@ -108,6 +113,8 @@ def ours(family: Family, sizes: Sizes, batch: int, dtype: str, new: int) -> Work
     params = jax.jit(lambda key: meta.unbox(model.init(key, **example))["params"])(jax.random.key(0))
     config = generation.GenerationConfig(max_new_tokens=new, min_new_tokens=new, eos_token_id=2, pad_token_id=0)
     prompt = family.inputs(sizes, batch)
+    if quantize:
+        params = quantize_params(params)
     jax.block_until_ready(params)
     return Work(
         run=lambda: generation.generate(model, params, prompt, config),

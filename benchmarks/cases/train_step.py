@@ -53,7 +53,7 @@ def cases(quick: bool) -> list[Case]:
                 "torch sdpa": torch,
                 "torch sdpa, large pages": torch,
             }
-            environments = dict.fromkeys(("flax_vlm", "torch sdpa, large pages"), large_pages.environment())
+            environments = {name: large_pages.environment() for name in ("flax_vlm", "torch sdpa, large pages")}
             chosen.append(Case(f"train step, {title}, {dtype}", contestants, environments))
     return chosen
 

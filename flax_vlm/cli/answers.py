@@ -14,7 +14,12 @@ BATCH_SIZE = 16
 
 
 def generate(
-    model: str, output: Path, template: str | None, options: rows.RowOptions, dtype: str | None, how: Mapping[str, Any]
+    model: str,
+    output: Path,
+    template: str | None,
+    options: rows.RowOptions,
+    loading: Mapping[str, Any],
+    how: Mapping[str, Any],
 ) -> None:
     """Writes a line for each record: {"index", "record" without its pictures, "answer", "tokens", "finish_reason"}.
 
@@ -56,7 +61,7 @@ def generate(
         noted=noted,
         write=_lines,
     )
-    rows.work_through(model, output, job, options, BATCH_SIZE, dtype)
+    rows.work_through(model, output, job, options, BATCH_SIZE, loading)
 
 
 def _lines(file: IO[bytes], found: Iterable["Row"]) -> None:

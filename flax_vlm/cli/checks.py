@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from flax_vlm.progress import conversion_bar
+
 from .app import app
-from .progress import progress_bar
 
 if TYPE_CHECKING:
     from flax_vlm.convert.inspection import Inspection, Module
@@ -81,7 +82,7 @@ def verify(
     from flax_vlm.hub import local_folder
 
     folders = [local_folder(each) for each in (source, target) if each is not None]
-    with progress_bar(hidden=quiet or json) as progress:
+    with conversion_bar(hidden=quiet or json or None) as progress:
         found = verification.verify(*folders, forward=forward, progress=progress)
     if json:
         print(dumps(found.to_json(), indent=2))

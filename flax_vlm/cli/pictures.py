@@ -69,7 +69,7 @@ def embed(
     job = vectors.of_texts(texts) if texts else vectors.of_images(_pictures(images)) if images else None
     job = job or vectors.of_records(rows.dataset, field or "image")
     output = output if output.suffix == ".npy" else output.with_name(f"{output.name}.npy")
-    work_through(model, output, job, rows, vectors.BATCH_SIZE, None)
+    work_through(model, output, job, rows, vectors.BATCH_SIZE, {})
 
 
 @app.command

@@ -74,8 +74,13 @@ def start(options: RowOptions) -> None:
         parallel.start_processes()
 
 
-def work_through(model: str, output: Path, job: Job, options: RowOptions, batch_size: int, dtype: str | None) -> None:
+def work_through(
+    model: str, output: Path, job: Job, options: RowOptions, batch_size: int, loading: Mapping[str, Any]
+) -> None:
     """Runs a job, or what is left of it, and says how it went.
+
+    Args:
+      loading: options of `from_pretrained`.
 
     Raises:
       ValueError or OSError: for what cannot be, before the model is loaded; and for more bad rows than are allowed.
@@ -98,14 +103,14 @@ def work_through(model: str, output: Path, job: Job, options: RowOptions, batch_
         "model": _state(sorted(path for path in folder.rglob("*") if path.is_file())),
         "data": _state(job.files),
         "batch_size": batch_size,
-        "dtype": dtype,
+        **loading,
         "flax_vlm": __version__,
     }
     number, begin = len(job.items), time.perf_counter()
     with inference.row_file(output, depends, number, job.write, overwrite=options.overwrite) as file:
         found = int(file.done.sum())
         if found < number:
-            work = job.work(from_pretrained(model, dtype=dtype, mesh=mesh))
+            work = job.work(from_pretrained(model, mesh=mesh, **loading))
             _Progress(job, file, options.max_bad).through(work, batch_size, ways)
     if jax.process_index() == 0:
         new, seconds = number - found, time.perf_counter() - begin

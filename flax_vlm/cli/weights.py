@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from flax_vlm.progress import conversion_bar
+
 from .app import app
-from .progress import progress_bar
 
 if TYPE_CHECKING:
     from flax_vlm.convert.stream import Moved
@@ -50,7 +51,7 @@ def convert(
         outlook = port.outlook(source, dtype=dtype, model_class=model_class)
         print(outlook.to_json() if json else outlook)
         return
-    with progress_bar(hidden=quiet or json) as progress:
+    with conversion_bar(hidden=quiet or json or None) as progress:
         moved = port.to_flax(
             source, target, dtype=dtype, model_class=model_class, overwrite=overwrite, progress=progress
         )
@@ -86,7 +87,7 @@ def export(
     _leave_accelerators_alone()
     from flax_vlm.convert import to_torch
 
-    with progress_bar(hidden=quiet or json) as progress:
+    with conversion_bar(hidden=quiet or json or None) as progress:
         moved = to_torch(
             source,
             target,

@@ -7,12 +7,12 @@ V main vocabulary   A additional tokens   D model width
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, Float, Int
 
 from flax_vlm.layers.embed import Embed
-from flax_vlm.layers.linear import Dense, Initializer, matmul, partitioned
+from flax_vlm.layers.linear import Dense, Initializer, compute_dtype, matmul, partitioned
 from flax_vlm.layers.partitioning import LOGITS, constrain
+from flax_vlm.layers.quantized import Quantized
 
 
 class DecoupledEmbed(Embed):
@@ -63,7 +63,7 @@ class DecoupledHead(Dense):
     num_additional_features: int = 0
 
     @nn.compact
-    def kernels(self, width: int) -> tuple[Float[Array, "D _"], ...]:
+    def kernels(self, width: int) -> tuple[Float[Array, "D _"] | Quantized, ...]:
         """[D, V], and where there are additional tokens [D, A]; D is `width`."""
         init = partitioned(self.kernel_init, self.kernel_axes)
         kernel = self.param("kernel", init, (width, self.features), self.param_dtype)
@@ -80,5 +80,5 @@ class DecoupledHead(Dense):
 
     def __call__(self, inputs: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         kernels = self.kernels(inputs.shape[-1])
-        states = inputs.astype(canonicalize_dtype(inputs, *kernels, dtype=self.dtype))
+        states = inputs.astype(compute_dtype(inputs, *kernels, dtype=self.dtype))
         return jnp.concatenate([constrain(matmul(states, kernel), LOGITS) for kernel in kernels], axis=-1)

@@ -7,8 +7,9 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
-from flax_vlm.layers.linear import Initializer, matmul, partitioned
+from flax_vlm.layers.linear import Initializer, compute_dtype, matmul, partitioned
 from flax_vlm.layers.partitioning import LOGITS, constrain
+from flax_vlm.layers.quantized import Quantized
 
 
 class Embed(nn.Module):
@@ -31,15 +32,20 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", partitioned(self.embedding_init, self.axes), shape, self.param_dtype)
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        (table,) = promote_dtype(self.embedding, dtype=self.dtype)
-        # Rows are whole where they are read: of split ones the compiler would bring all of the batch to every device.
-        table = constrain(table, (self.axes[0], None))
-        rows = table.at[ids].get(mode="fill", fill_value=jnp.nan)
+        rows = self._rows(ids)
         if self.padding_idx is None:
             return rows
         return jnp.where((ids == self.padding_idx)[..., None], jax.lax.stop_gradient(rows), rows)
 
+    def _rows(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        if isinstance(self.embedding, Quantized):
+            return self.embedding.rows(ids, self.dtype or jnp.float32)
+        (table,) = promote_dtype(self.embedding, dtype=self.dtype)
+        # Rows are whole where they are read: of split ones the compiler would bring all of the batch to every device.
+        table = constrain(table, (self.axes[0], None))
+        return table.at[ids].get(mode="fill", fill_value=jnp.nan)
+
     def attend(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The logits of a head that is tied to this table."""
-        states, table = promote_dtype(states, self.embedding, dtype=self.dtype)
-        return constrain(matmul(states, table.T), LOGITS)
+        states = states.astype(compute_dtype(states, self.embedding, dtype=self.dtype))
+        return constrain(matmul(states, self.embedding.T), LOGITS)

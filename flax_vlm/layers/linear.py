@@ -19,6 +19,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from flax_vlm.layers import quantized
+from flax_vlm.layers.quantized import Quantized
+
 Initializer: TypeAlias = Any  # (key, shape, dtype) -> array; linen has no public name for it
 PRODUCT = "product"  # of what `matmul` gives: by this name `layers.stack` keeps it for the backward pass
 Axes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # of the one side and of the other
@@ -29,23 +32,30 @@ def wide(dtype: Dtype) -> Dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def compute_dtype(*operands: Array | Quantized | None, dtype: Dtype | None) -> Dtype:
+    """`dtype`, or where it is None the promoted dtype of the operands, of which those in eight bits have no say."""
+    return canonicalize_dtype(*(each for each in operands if not isinstance(each, Quantized)), dtype=dtype)
+
+
 def matmul(
-    inputs: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"] | None = None
+    inputs: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized, bias: Float[Array, " F"] | None = None
 ) -> Float[Array, "*B F"]:
     """`inputs @ kernel + bias`, accumulated in at least float32 and rounded once to the dtype of `inputs`.
 
     A kernel of another dtype is cast to that of `inputs`, and its gradient is never rounded to it.
     """
-    dimensions = (((inputs.ndim - 1,), (0,)), ((), ()))
-    if inputs.size == inputs.shape[-1] and inputs.dtype.itemsize < 4:
-        out = lax.platform_dependent(
-            inputs, kernel, cpu=_product_of_one_row, default=partial(product, dimensions=dimensions)
-        )
-    else:
-        out = product(inputs, kernel, dimensions)
+    out = quantized.product(inputs, kernel) if isinstance(kernel, Quantized) else _float_product(inputs, kernel)
     if bias is not None:
         out += bias.astype(out.dtype)
     return checkpoint_name(out.astype(inputs.dtype), PRODUCT)
+
+
+def _float_product(inputs: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
+    dimensions = (((inputs.ndim - 1,), (0,)), ((), ()))
+    if inputs.size == inputs.shape[-1] and inputs.dtype.itemsize < 4:
+        default = partial(product, dimensions=dimensions)
+        return lax.platform_dependent(inputs, kernel, cpu=_product_of_one_row, default=default)
+    return product(inputs, kernel, dimensions)
 
 
 def _product_of_one_row(inputs: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
@@ -117,8 +127,7 @@ class Dense(nn.Dense):
         if self.use_bias:
             bias_init = partitioned(self.bias_init, self.kernel_axes[1:])
             bias = self.param("bias", bias_init, (self.features,), self.param_dtype)
-        dtype = canonicalize_dtype(inputs, kernel, bias, dtype=self.dtype)
-        return matmul(inputs.astype(dtype), kernel, bias)
+        return matmul(inputs.astype(compute_dtype(inputs, kernel, bias, dtype=self.dtype)), kernel, bias)
 
 
 def partitioned(init: Initializer, axes: Sequence[str | None]) -> Initializer:

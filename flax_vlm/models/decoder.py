@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from flax_vlm.layers.attention import Mask
 from flax_vlm.layers.kv_cache import KeyValue
 from flax_vlm.layers.losses import mean_loss, next_token_sums, next_token_sums_in_chunks
+from flax_vlm.layers.quantized import Quantized
 from flax_vlm.layers.rotary import Rotation
 from flax_vlm.models.base import Block
 from flax_vlm.models.outputs import LayerOutput
@@ -69,7 +70,7 @@ class Prediction(NamedTuple):
 def predict(
     states: Float[Array, "B T D"],
     head: Callable[[Array], Array],
-    tables: Callable[[], Sequence[Array]],
+    tables: Callable[[], Sequence[Array | Quantized]],
     expected: tuple[Array, Array | None, Array | None] | None,
     vocab_chunk: int,
     words_first: bool = False,
@@ -82,7 +83,7 @@ def predict(
       vocab_chunk: compute the loss over so many words at a time, and no logits; 0 for all at once.
 
     Raises:
-      ValueError: for chunks where nothing is expected.
+      ValueError: for chunks where nothing is expected, or of a head in eight bits.
     """
     if not vocab_chunk:
         logits = head(states)
@@ -93,5 +94,8 @@ def predict(
         raise ValueError("vocab_chunk came without labels: it is the loss that is computed in chunks")
     else:
         logits = None
-        sums = next_token_sums_in_chunks(states, tables(), *expected, chunk=vocab_chunk, words_first=words_first)
+        floats = [table for table in tables() if not isinstance(table, Quantized)]
+        if not floats:
+            raise ValueError("vocab_chunk is for training: load the weights without `quantize`")
+        sums = next_token_sums_in_chunks(states, floats, *expected, chunk=vocab_chunk, words_first=words_first)
     return Prediction(logits, mean_loss(*sums), sums[1])

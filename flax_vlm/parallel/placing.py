@@ -17,30 +17,40 @@ def place(
     shardings: Mapping[str, Sharding],
     read: Callable[[str, tuple[slice, ...]], np.ndarray],
     dtype: Any = None,
-) -> dict[str, jax.Array]:
+    finish: Mapping[str, Callable[[jax.Array], Any]] = {},
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Arrays in their shardings; on a mesh of many processes each reads what its own devices hold, and no more.
 
     Args:
       shapes: by name, in the order in which to read.
       read: a slice of a named array, of whole axes or step 1; called from several threads, once for each slice.
-      dtype: cast floating arrays to it.
+      dtype: cast floating arrays to it, but for those in `finish`.
+      finish: what takes the place of an array, made of it as it is in the file.
+      tell: called with the name of each array that is there, in their order.
     """
 
-    def one(name: str) -> jax.Array:
+    def one(name: str) -> Any:
         pieces: dict[Any, np.ndarray] = {}
+        to = None if name in finish else dtype
 
         def piece(index: tuple[slice, ...] | None) -> np.ndarray:
             index = index or ()
             key = tuple((part.start, part.stop) for part in index)
             if key not in pieces:
                 array = read(name, index)
-                pieces[key] = array.astype(dtype, copy=False) if dtype is not None and is_float(array) else array
+                pieces[key] = array.astype(to, copy=False) if to is not None and is_float(array) else array
             return pieces[key]
 
-        return jax.make_array_from_callback(shapes[name], shardings[name], piece)
+        array = jax.make_array_from_callback(shapes[name], shardings[name], piece)
+        return finish[name](array) if name in finish else array
 
+    placed = {}
     with ThreadPoolExecutor(WORKERS) as pool:
-        return dict(zip(shapes, pool.map(one, shapes), strict=True))
+        for name, array in zip(shapes, pool.map(one, shapes), strict=True):
+            placed[name] = array
+            tell(name)
+    return placed
 
 
 def is_float(array: np.ndarray) -> bool:

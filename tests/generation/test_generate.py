@@ -16,6 +16,7 @@ from flax_vlm.generation.api import begin_request
 from flax_vlm.generation.loop import decode
 from flax_vlm.generation.request import make_request
 from flax_vlm.layers.kv_cache import KeyValue, KVCache
+from flax_vlm.layers.quantized import quantize_params
 from tests.generation.test_stop_strings import word_tokenizer
 from tests.generation.tiny import PAD, VOCAB, TinyDecoder, prompts, random_params
 
@@ -108,10 +109,15 @@ def test_beams_of_other_worth_do_not_compile(compiled: Any) -> None:
     assert compiled() == 0
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_loop_needs_no_second_copy_of_weights_or_cache(dtype: Any) -> None:
-    model = TinyDecoder(vocab=4096, width=64, dtype=dtype)
-    params = random_params(model)
+@pytest.mark.parametrize(
+    "dtype, prepare, width",
+    [(jnp.float32, dict, 64), (jnp.bfloat16, dict, 64), (jnp.bfloat16, quantize_params, 1024)],
+    ids=["float32", "bfloat16", "int8"],
+)
+def test_the_loop_needs_no_second_copy_of_weights_or_cache(dtype: Any, prepare: Any, width: int) -> None:
+    """Not of other dtype either: XLA likes to widen weights once for all tokens."""
+    model = TinyDecoder(vocab=4096, width=width, dtype=dtype)
+    params = prepare(random_params(model))
     config = GenerationConfig(max_new_tokens=200)
     request = make_request(model, prompts(5, 9), config)
     state = begin_request(model, params, request)

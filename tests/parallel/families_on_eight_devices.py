@@ -98,6 +98,11 @@ def main(family: str, folder: Path, *ways: str) -> None:
         assert_close(scores, expected_scores, FLOAT64, f"{case.scores}, {name}")
         assert_gradients_close(gradients, expected)
         assert_close(answers(vlm, case), expected_answers, FLOAT64, f"answers, {name}")
+        if name == "fsdp_tensor":
+            options: dict[str, Any] = {"dtype": "float64", "quantize": "int8", "scan_layers": scan_layers}
+            vlm = flax_vlm.from_pretrained(case.checkpoint, mesh=mesh, rules=rules, **options)
+            whole = flax_vlm.from_pretrained(case.checkpoint, **options)
+            assert_close(answers(vlm, case), answers(whole, case), FLOAT64, f"answers in eight bits, {name}")
         print(f"{name}: the same")
 
 

@@ -35,14 +35,14 @@ def read_what_is_held(
     from_files = Counter()
     place, read = parallel.place, files.read
 
-    def spy_place(shapes: Any, shardings: Any, read_slice: Any, dtype: Any = None) -> Any:
+    def spy_place(shapes: Any, shardings: Any, read_slice: Any, **options: Any) -> Any:
         def spy(path: str, index: tuple[slice, ...]) -> np.ndarray:
             asked.setdefault(path, []).append(tuple((part.start, part.stop, part.step) for part in index))
             array = read_slice(path, index)
             from_files["asked"] += array.nbytes
             return array
 
-        return place(shapes, shardings, spy, dtype)
+        return place(shapes, shardings, spy, **options)
 
     def spy_read(self: Any, name: str, index: Any = None) -> np.ndarray:
         array = read(self, name, index)
