@@ -140,7 +140,7 @@ configs = {
 # ## LoRA, taken away and given back
 #
 # Machines that cost less are taken away at any moment, and a job is told so by SIGTERM. Here we send it ourselves,
-# after thirty steps, from the function that could show samples. The step ends, parameters, slots and the place in the
+# after forty steps, from the function that could show samples. The step ends, parameters, slots and the place in the
 # data are saved, and the same call goes on from there. It does so bit for bit, as if nothing had happened, which the
 # tests of this library hold it to.
 

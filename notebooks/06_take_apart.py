@@ -241,6 +241,7 @@ drawn = np.stack(
     ]
 )  # [draws, 50]
 optimizer = optax.adamw(0.02, weight_decay=0.05)
+truth = jnp.asarray(labels)
 
 
 def probe(features, chosen):
@@ -250,7 +251,7 @@ def probe(features, chosen):
 
     def loss(params):
         logits = features[chosen] @ params["kernel"] + params["bias"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits, truth[chosen]).mean()
 
     def step(carry, _):
         params, state = carry
@@ -259,8 +260,8 @@ def probe(features, chosen):
 
     params = {"kernel": jnp.zeros((features.shape[1], 10)), "bias": jnp.zeros(10)}
     (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=STEPS)
-    right = (features @ params["kernel"] + params["bias"]).argmax(-1) == labels
-    tested = jnp.ones(len(labels)).at[chosen].set(0)
+    right = (features @ params["kernel"] + params["bias"]).argmax(-1) == truth
+    tested = jnp.ones(len(truth)).at[chosen].set(0)
     return (right * tested).sum() / tested.sum()
 
 
