@@ -157,7 +157,9 @@ def train(config, sample=None):
 
 
 prepared, state = train(dataclasses.replace(configs["LoRA"], sample_every=40), taken_away)
-print(f"stopped after step {int(state.step)}; checkpoints of steps {[p.name for p in (WORK / 'lora/checkpoints').iterdir()]}")
+print(
+    f"stopped after step {int(state.step)}; checkpoints of steps {[p.name for p in (WORK / 'lora/checkpoints').iterdir()]}"
+)
 assert int(state.step) < shared.steps
 
 # %%

@@ -142,7 +142,9 @@ def score(normed):
     return np.asarray(scale * (normed @ projection / length) @ texts.T)
 
 
-scores = {name: score((term - term.mean(-1, keepdims=True)) / deviation * norm["scale"]) for name, term in terms.items()}
+scores = {
+    name: score((term - term.mean(-1, keepdims=True)) / deviation * norm["scale"]) for name, term in terms.items()
+}
 scores["bias"] = score(norm["bias"])
 logits = vlm(**vlm.processor(text=[language.prompt(d) for d in range(10)]), pixel_values=pixels).logits_per_image
 apart_by = np.abs(sum(scores.values()) - logits).max()
@@ -284,7 +286,9 @@ for name, of in by_layer.items():
     print(f"{name:32s}", *(f"{value:6.1%}" for value in of.mean(-1)))
 
 # %%
-lines = {name: 100 * of.mean(-1) for name, of in by_layer.items()} | {"raw pixels": np.full(layers + 1, 100 * raw.mean())}
+lines = {name: 100 * of.mean(-1) for name, of in by_layer.items()} | {
+    "raw pixels": np.full(layers + 1, 100 * raw.mean())
+}
 viz.curves(
     lines,
     spread={name: 100 * of.std(-1) for name, of in by_layer.items()},
@@ -346,7 +350,9 @@ def trained(params):
 params, losses = trained(nn.meta.unbox(reader.init(jax.random.key(0), patches[:1])["params"]))
 named, weights = reader.apply({"params": params}, patches)
 right = named.argmax(-1) == labels
-print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters learn, loss {losses[0]:.2f} to {losses[-1]:.3f}")
+print(
+    f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters learn, loss {losses[0]:.2f} to {losses[-1]:.3f}"
+)
 print(f"right: {right[learn].mean():.1%} of the pictures that it learnt from, {right[test].mean():.1%} of the others")
 assert right[test].mean() > 0.9
 
