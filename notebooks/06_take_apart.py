@@ -315,7 +315,7 @@ class Reader(nn.Module):
 
     @nn.compact
     def __call__(self, states):  # [B, P, D]
-        batch, patches, width = states.shape
+        batch = states.shape[0]
         normed = RMSNorm(name="norm")(states)
         query = self.param("query", nn.initializers.normal(1.0), (1, 1, self.num_heads, 16))
         key, value = (nn.DenseGeneral((self.num_heads, 16), name=name)(normed) for name in ("key", "value"))

@@ -1,19 +1,20 @@
 """What a model is made of: every module as a box, as high as it has numbers, with its own modules beside it."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_vlm.viz.style import INK, MUTED, SERIES, SIZE, bare, new_figure, write
+from flax_vlm.viz.style import INK, MUTED, SERIES, SIZE, bare, font_for, new_figure, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LEARNS, _FROZEN = SERIES[1], "#e7e4dc"
-_COLUMN = 1.5  # inches
+_LEARNS, _FROZEN = "#9fc0ea", "#ebe8e1"
+_COLUMN, _LETTER = 1.5, 0.0076  # inches: of a column, and of a letter of one point
 
 
 def parts(
@@ -47,13 +48,13 @@ def parts(
     axes.set(xlim=(0, columns), ylim=(sum(sizes.values()), 0))
     scale = height / sum(sizes.values())  # inches of a number
     top = 0
-    for number, first in enumerate(dict.fromkeys(path[0] for path in sizes)):
+    for number, first in enumerate(sorted({path[0] for path in sizes}, key=_in_order)):
         color = _FROZEN if learning is not None else SERIES[number % len(SERIES)]
         top = _draw(axes, (first,), sizes, learnt, columns, top, scale, color)
     if learning is not None:
         whole, some = sum(sizes.values()), sum(learnt.values())
         said = f"{_short(some)} learn, {_short(whole - some)} are frozen"
-        axes.set_xlabel(said, loc="left", color=MUTED, fontsize=SIZE)
+        axes.set_xlabel(said, loc="left", color=MUTED, fontsize=SIZE, family=font_for(said))
     return figure
 
 
@@ -79,16 +80,22 @@ def _draw(
     if share:
         axes.add_patch(Rectangle((x, top), width * share, size, facecolor=_LEARNS, edgecolor="none"))
     axes.plot([x, x + width], [top, top], color="white", linewidth=0.9 if size * scale > 0.05 else 0.2)
-    if size * scale > 0.135:
-        letter, middle = min(SIZE - 1, 62 * size * scale), top + size / 2
-        write(axes, x + 0.03, middle, path[-1], va="center", color=INK, fontsize=letter)
-        if len(path[-1]) + len(_short(size)) < 19:
-            write(axes, x + 0.96, middle, _short(size), va="center", ha="right", color=MUTED, fontsize=letter - 1)
+    if size * scale > 0.12:
+        name, number, middle = path[-1], _short(size), top + size / 2
+        letter = min(SIZE - 1, 62 * size * scale, 0.94 * _COLUMN / _LETTER / len(name))
+        write(axes, x + 0.03, middle, name, va="center", color=INK, fontsize=letter)
+        if (len(name) + len(number) + 2) * letter * _LETTER < _COLUMN:
+            write(axes, x + 0.96, middle, number, va="center", ha="right", color=MUTED, fontsize=letter - 1)
     if len(path) < columns:
         at = top
-        for child in dict.fromkeys(each[len(path)] for each in inside if len(each) > len(path)):
+        for child in sorted({each[len(path)] for each in inside if len(each) > len(path)}, key=_in_order):
             at = _draw(axes, (*path, child), sizes, learnt, columns, at, scale, color)
     return top + size
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """By the alphabet, but layers_2 before layers_10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split("([0-9]+)", name)]
 
 
 def _sizes(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
