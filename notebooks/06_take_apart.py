@@ -207,22 +207,25 @@ for i in range(layers):
     every = [silenced(attention), silenced(f"vision_model/encoder/layers_{i}/mlp/fc2/kernel")]
     missed.append([100 * float(accuracy(params)) for params in one + every])
 print(f"whole: {100 * accuracy(vlm.params):.1f}%")
+missed = np.array(missed)
+assert missed[0, -1] < missed[:, :heads].min()
 
 viz.similarity(
-    np.array(missed),
+    missed,
     [f"layer {i + 1}" for i in range(layers)],
     [*(f"head {head + 1}" for head in range(heads)), "all heads", "MLP"],
     decimals=1,
     highlight=False,
-    limits=(100, np.min(missed)),
+    limits=(100, missed.min()),
     size=0.8,
     title="Pictures read without one part, in percent",
 )
 
 # %% [markdown]
-# The first MLP says nothing for the right digit, and is needed more than any head: what it writes is read by the
-# layers behind it. The last one says six times as much as any other part, and can be done without: its verdict stands
-# in its input already, only less loudly. What a part says and what it is for are two questions.
+# The first MLP says nothing for the right digit, and is missed more than any head: what it writes is read by the layers
+# behind it. The last one says six times as much as any other part, and can be done without: its verdict stands in its
+# input already, only less loudly. The heads of the second layer are missed most when all are gone, and little one by
+# one: they stand in for each other.
 
 # %% [markdown]
 # ## A linear probe
@@ -287,6 +290,8 @@ raw = np.asarray(probes(jnp.asarray(pictures.reshape(1, len(pictures), -1), jnp.
 print(f"{'raw pixels':32s} {raw.mean():.1%}")
 for name, of in by_layer.items():
     print(f"{name:32s}", *(f"{value:6.1%}" for value in of.mean(-1)))
+
+assert by_layer["first token"][-1].mean() > 0.95 > raw.mean() > by_layer["first token, random weights"][-1].mean()
 
 # %%
 lines = {name: 100 * of.mean(-1) for name, of in by_layer.items()} | {
