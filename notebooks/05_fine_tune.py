@@ -38,7 +38,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import flax_vlm
-from flax_vlm import convert, demo, viz
+from flax_vlm import convert, demo, fine_tuning, viz
 from flax_vlm.inference import Answers, in_order
 from flax_vlm.layers.param_tree import flatten_params
 from flax_vlm.layers.stack import unstack_params
@@ -151,7 +151,7 @@ configs = {
 
 def train(config, sample=None):
     prepared = run.prepare(config)
-    return prepared, run.run(prepared, run.load(prepared).params, sample)
+    return prepared, run.run(prepared, fine_tuning.load(prepared).params, sample)
 
 
 runs = {"LoRA, Spanish alone": train(configs["LoRA, Spanish alone"])}
@@ -238,14 +238,14 @@ viz.losses(
 # %% [markdown]
 # ## Before and after
 #
-# `run.finish` gives the trained model, adapters merged into their kernels. We save it and load it again, on one device
-# this time: a checkpoint knows nothing of the mesh it came from.
+# `fine_tuning.finish` gives the trained model, adapters merged into their kernels. We save it and load it again, on one
+# device this time: a checkpoint knows nothing of the mesh it came from.
 
 # %%
 models = {"before": flax_vlm.from_pretrained(EXAMPLE / "checkpoint")}
 for name, (prepared, state) in runs.items():
     folder = Path(prepared.config.output) / "model"
-    run.finish(prepared, state).save_pretrained(folder)
+    fine_tuning.finish(prepared, state).save_pretrained(folder)
     models[name] = flax_vlm.from_pretrained(folder)
 
 NUMBER = 120  # held-out pictures
@@ -316,7 +316,7 @@ assert np.array_equal(ours, same)
 
 # %%
 prepared, state = runs["LoRA"]
-base = run.load(prepared)
+base = fine_tuning.load(prepared)
 peft.save(WORK / "adapters", base.model, base.params, state.params, prepared.config.lora)
 print({path.name: f"{path.stat().st_size:,} bytes" for path in sorted((WORK / "adapters").iterdir())})
 

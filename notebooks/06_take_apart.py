@@ -19,7 +19,7 @@
 # apart until it is known which of its parts read them: its states by name, what each part adds to the answer, what
 # is lost without it, and from which layer on a straight line can tell the digits apart.
 #
-# **Needs** a minute on two cores, 1 GB of memory, `pip install flax-vlm[notebooks]`; nothing is downloaded.
+# **Needs** a minute on two cores, 1.5 GB of memory, `pip install flax-vlm[notebooks]`; nothing is downloaded.
 
 # %%
 from pathlib import Path

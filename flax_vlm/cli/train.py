@@ -55,21 +55,21 @@ def read_recipe(recipe: Path, fields: Sequence[str] = ()) -> "TrainConfig":
 def _train(config: "TrainConfig") -> None:
     import jax
 
-    from flax_vlm import parallel
+    from flax_vlm import fine_tuning, parallel
     from flax_vlm.training import run
 
     if config.distributed:
         parallel.start_processes()
     prepared = run.prepare(config)
     prompts = _prompts(config, prepared.processor) if config.sample_every else []
-    vlm = run.load(prepared)
+    vlm = fine_tuning.load(prepared)
     state = run.run(prepared, vlm.params, partial(_answers, vlm, prompts) if prompts else None)
     state = state.replace(opt_state=None, frozen=None)  # room for the parameters as they were
     target = Path(config.output) / MODEL
     if int(state.step) < config.steps:
         said = f"stopped after step {int(state.step):,} of {config.steps:,}: the same command goes on"
     else:
-        run.finish(prepared, state).save_pretrained(target, overwrite=True)
+        fine_tuning.finish(prepared, state).save_pretrained(target, overwrite=True)
         said = f"{target} is the trained model; flax-vlm export takes it to PyTorch"
     if jax.process_index() == 0:
         print(said)

@@ -1,10 +1,10 @@
 """From a config to a run. What it needs is made from shapes first, so that mistakes are found before a device works.
 
     prepared = run.prepare(config)
-    state = run.run(prepared, run.load(prepared).params)
-    vlm = run.finish(prepared, state)
+    state = run.run(prepared, params)
+    params = run.trained(prepared, state, params_as_they_were)
 
-`flax-vlm train` is these three lines, and then `vlm.save_pretrained`.
+`flax_vlm.fine_tuning` loads the parameters, before and after.
 """
 
 import contextlib
@@ -24,7 +24,6 @@ from flax_vlm import checkpoint, parallel
 from flax_vlm.hub import local_folder
 from flax_vlm.models import registry
 from flax_vlm.models.abstract import abstract_params
-from flax_vlm.pretrained import VLM, from_pretrained
 from flax_vlm.processing import PROCESSORS
 from flax_vlm.training import lora, objective
 from flax_vlm.training.config import TrainConfig, check, keep_config
@@ -123,12 +122,6 @@ def what_learns(config: TrainConfig, model: Any) -> tuple[Any, Any, Patterns[boo
     return model, abstract, trainable, optimizer
 
 
-def load(prepared: Prepared) -> VLM:
-    """The model that a run begins with, on its mesh and as finely as it holds it."""
-    # Beside adapters nothing needs to be kept more finely than it computes.
-    return _load(prepared, prepared.config.dtype if prepared.config.lora else None)
-
-
 def run(prepared: Prepared, params: Mapping[str, Any], sample: Sampler | None = None) -> TrainState:
     """Trains; see `loop.train`. The arrays of `params` are used up, wherever they are held.
 
@@ -165,31 +158,13 @@ def run(prepared: Prepared, params: Mapping[str, Any], sample: Sampler | None = 
         )
 
 
-def finish(prepared: Prepared, state: TrainState) -> VLM:
-    """The trained model: the one that the run began with, and in its dtypes what has been learnt.
-
-    Raises:
-      ValueError: for a run that was stopped before its end.
-    """
-    config = prepared.config
-    if int(state.step) < config.steps:
-        raise ValueError(f"stopped after step {int(state.step):,} of {config.steps:,}: the same run goes on")
+def trained(prepared: Prepared, state: TrainState, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the trained model: those it began with, `base`, and in their dtypes what has been learnt."""
     learnt = state.params if state.ema is None else state.ema
-    vlm = _load(prepared, None)
-    with parallel.use(prepared.mesh, config.rules):
-        if config.lora is not None:
-            vlm.params = lora.merged(vlm.params, learnt, config.lora)
-        else:
-            old, _ = split(vlm.params, prepared.trainable)
-            vlm.params = merge(jax.tree.map(lambda new, old: new.astype(old.dtype), learnt, old), vlm.params)
-    return vlm
-
-
-def _load(prepared: Prepared, dtype: str | None) -> VLM:
-    config = prepared.config
-    return from_pretrained(
-        config.model, dtype=dtype, mesh=prepared.mesh, rules=config.rules, scan_layers=config.scan_layers
-    )
+    if prepared.config.lora is not None:
+        return lora.merged(base, learnt, prepared.config.lora)
+    old, _ = split(base, prepared.trainable)
+    return merge(jax.tree.map(lambda new, old: new.astype(old.dtype), learnt, old), base)
 
 
 def _read_model(folder: Path) -> Any:

@@ -18,11 +18,11 @@ from flax import linen as nn
 from PIL import Image
 
 import flax_vlm
-from flax_vlm import cli
+from flax_vlm import cli, fine_tuning
 from flax_vlm.cli.train import read_recipe
 from flax_vlm.layers.param_tree import flatten_params
 from flax_vlm.models import registry
-from flax_vlm.training import metrics, run
+from flax_vlm.training import metrics
 from flax_vlm.training.config import check
 from flax_vlm.training.run import what_learns
 from flax_vlm.training.step import split
@@ -104,7 +104,7 @@ def test_a_run_that_was_stopped_has_no_model_yet() -> None:
     prepared: Any = SimpleNamespace(config=SimpleNamespace(steps=1000))
     state: Any = SimpleNamespace(step=np.int32(41))
     with pytest.raises(ValueError, match="stopped after step 41 of 1,000: the same run goes on"):
-        run.finish(prepared, state)
+        fine_tuning.finish(prepared, state)
 
 
 @pytest.mark.slow
