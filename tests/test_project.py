@@ -42,8 +42,9 @@ MAY_IMPORT = {
     "viz": set(),
     "pretrained": BELOW_PRETRAINED | {"copies", "loading"},
     "zero_shot": {"pretrained", "inference"},
+    "fine_tuning": {"pretrained", "training", "parallel"},
     "demo": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot"},
-    "cli": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot", "demo", "progress"},
+    "cli": BELOW_PRETRAINED | {"pretrained", "flax_vlm", "zero_shot", "fine_tuning", "demo", "progress"},
 }
 NEVER_ON_IMPORT = {"torch", "transformers", "matplotlib"}
 

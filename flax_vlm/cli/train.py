@@ -55,26 +55,21 @@ def read_recipe(recipe: Path, fields: Sequence[str] = ()) -> "TrainConfig":
 def _train(config: "TrainConfig") -> None:
     import jax
 
-    from flax_vlm import from_pretrained, parallel
+    from flax_vlm import fine_tuning, parallel
     from flax_vlm.training import run
 
     if config.distributed:
         parallel.start_processes()
     prepared = run.prepare(config)
     prompts = _prompts(config, prepared.processor) if config.sample_every else []
-    placed: dict[str, Any] = {"mesh": prepared.mesh, "rules": config.rules, "scan_layers": config.scan_layers}
-    # Beside adapters nothing needs to be kept more finely than it computes.
-    vlm = from_pretrained(config.model, dtype=config.dtype if config.lora else None, **placed)
+    vlm = fine_tuning.load(prepared)
     state = run.run(prepared, vlm.params, partial(_answers, vlm, prompts) if prompts else None)
     state = state.replace(opt_state=None, frozen=None)  # room for the parameters as they were
     target = Path(config.output) / MODEL
     if int(state.step) < config.steps:
         said = f"stopped after step {int(state.step):,} of {config.steps:,}: the same command goes on"
     else:
-        vlm = from_pretrained(config.model, **placed)
-        with parallel.use(prepared.mesh, config.rules):
-            vlm.params = run.trained(prepared, state, vlm.params)
-        vlm.save_pretrained(target, overwrite=True)
+        fine_tuning.finish(prepared, state).save_pretrained(target, overwrite=True)
         said = f"{target} is the trained model; flax-vlm export takes it to PyTorch"
     if jax.process_index() == 0:
         print(said)

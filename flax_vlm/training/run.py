@@ -1,10 +1,10 @@
 """From a config to a run. What it needs is made from shapes first, so that mistakes are found before a device works.
 
     prepared = run.prepare(config)
-    vlm = from_pretrained(config.model, mesh=prepared.mesh, rules=config.rules, scan_layers=config.scan_layers)
-    state = run.run(prepared, vlm.params)
+    state = run.run(prepared, params)
+    params = run.trained(prepared, state, params_as_they_were)
 
-`flax-vlm train` is these three lines, and then `trained`.
+`flax_vlm.fine_tuning` loads the parameters, before and after.
 """
 
 import contextlib

@@ -43,6 +43,7 @@ def curves(
     x: Sequence[float] | None = None,
     ticks: Sequence[str] = (),
     smooth: float = 0.0,
+    spread: Mapping[str, Line] | None = None,
     dotted: Sequence[str] = (),
     xlabel: str = "",
     ylabel: str = "",
@@ -56,6 +57,7 @@ def curves(
       x: where the values stand; 1, 2, ... when absent. A line may be shorter than the others.
       ticks: names for the places, layers say; the values are then dots.
       smooth: draw running means, of which each step keeps so much, over the pale values.
+      spread: how far values of a line may be from it, by its name: a pale band so far up and down.
       dotted: the names of lines to draw dotted: what the others are measured by.
       log: a logarithmic scale of values.
 
@@ -71,8 +73,10 @@ def curves(
     for name, given in (("x", places), ("ticks", ticks)):
         if len(given) < longest and (name == "x" or given):
             raise ValueError(f"{name}: expected {longest} or more, as many as the longest line, came {len(given)}")
-    if unknown := set(dotted) - set(lines):
-        raise ValueError(f"dotted: expected names of lines, came {sorted(unknown)}")
+    bands = spread or {}
+    for name, given in (("dotted", dotted), ("spread", bands)):
+        if unknown := set(given) - set(lines):
+            raise ValueError(f"{name}: expected names of lines, came {sorted(unknown)}")
     figure = new_figure(*size, title)
     axes: Any = figure.subplots()
     _clean(axes, xlabel, ylabel, log)
@@ -85,6 +89,9 @@ def curves(
         if smooth:
             axes.plot(at, values, color=color, linewidth=0.7, alpha=0.3)
             values = running_mean(values, smooth)
+        if name in bands:
+            width = np.asarray(bands[name], np.float64)
+            axes.fill_between(at, values - width, values + width, color=color, alpha=0.15, linewidth=0)
         axes.plot(at, values, **style, **marks)
         ends.append((name, values[-1], color))
     if ticks:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 INK, MUTED, RULE = "#1f2433", "#6b7080", "#d9d6ce"
 RIGHT, WRONG = "#1f8a70", "#cf3b3b"
 SERIES = ("#2f5d9e", "#d9822b", "#1f8a70", "#a2417f", "#7a6a4f", "#5b8fd6", "#cf3b3b", "#6b7080")
-SHADE, HEAT = "YlGnBu", "inferno"  # matplotlib's: a table's cells, and what lies over a picture
+# matplotlib's: a table's cells, those below and above zero, and what lies over a picture
+SHADE, SIGNED, HEAT = "YlGnBu", "RdBu", "inferno"
 SIZE = 9.5  # points, of most texts
 DPI = 110
 REGULAR = 400  # texts have one weight; colours and frames say what matters

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from flax_vlm.viz.style import INK, MUTED, SHADE, SIZE, as_picture, bare, font_for, new_figure, write
+from flax_vlm.viz.style import INK, MUTED, SHADE, SIGNED, SIZE, as_picture, bare, font_for, new_figure, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,6 +76,7 @@ def similarity(
     decimals: int | None = 2,
     highlight: bool = True,
     limits: tuple[float, float] | None = None,
+    signed: bool = False,
     title: str = "",
     size: float = 0.62,
 ) -> "Figure":
@@ -87,6 +88,7 @@ def similarity(
       decimals: of the numbers in the cells; None writes none.
       highlight: frames the largest of each column: what a picture is most like.
       limits: the values of the lightest and the darkest ground; by default the smallest and the largest.
+      signed: what is below 0 gets another colour, and 0 none.
       size: inches of a column.
 
     Raises:
@@ -118,7 +120,7 @@ def similarity(
     axes = figure.add_subplot(grid[-1, :])
     bare(axes)
     axes.set(xlim=(0, matrix.shape[1]), ylim=(len(rows), 0))
-    shades = _shades(matrix - low, high - low)
+    shades = _signed_shades(matrix, max(-low, high)) if signed else _shades(matrix - low, high - low)
     best = matrix.argmax(0)
     for r, name in enumerate(rows):
         write(axes, -0.12, r + 0.5, name, ha="right", va="center")
@@ -146,6 +148,13 @@ def _shades(values: Float[np.ndarray, "R C"], top: float) -> Any:
 
     share = np.clip(np.nan_to_num(values) / (top or 1.0), 0, 1)
     return matplotlib.colormaps[SHADE](0.03 + 0.85 * share)
+
+
+def _signed_shades(values: Float[np.ndarray, "R C"], top: float) -> Any:
+    """White at 0."""
+    import matplotlib
+
+    return matplotlib.colormaps[SIGNED](0.5 + 0.42 * np.clip(values / (top or 1.0), -1, 1))
 
 
 def _box(axes: "Axes", x: float, y: float, width: float, height: float, color: Any) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from flax import linen as nn
 from PIL import Image
 
 import flax_vlm
-from flax_vlm import cli
+from flax_vlm import cli, fine_tuning
 from flax_vlm.cli.train import read_recipe
 from flax_vlm.layers.param_tree import flatten_params
 from flax_vlm.models import registry
@@ -97,6 +98,13 @@ def test_altclip(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "run" / "log.jsonl").read_text() == log
     again = flax_vlm.from_pretrained(tmp_path / "run" / "model").params
     assert all(jax.tree.leaves(jax.tree.map(lambda one, other: bool((one == other).all()), after, again)))
+
+
+def test_a_run_that_was_stopped_has_no_model_yet() -> None:
+    prepared: Any = SimpleNamespace(config=SimpleNamespace(steps=1000))
+    state: Any = SimpleNamespace(step=np.int32(41))
+    with pytest.raises(ValueError, match="stopped after step 41 of 1,000: the same run goes on"):
+        fine_tuning.finish(prepared, state)
 
 
 @pytest.mark.slow

@@ -123,6 +123,53 @@ def test_similarity_frames_the_best_of_each_column():
         viz.similarity(matrix, ["cat", "dog"])
 
 
+def test_signed_values_have_two_colours_and_zero_none():
+    from matplotlib.patches import Rectangle
+
+    figure = viz.similarity(np.array([[-2.0, 0.0, 1.0]]), ["a"], ["x", "y", "z"], signed=True, highlight=False)
+    boxes = [box for box in figure.axes[-1].patches if isinstance(box, Rectangle)]
+    below, zero, above = (box.get_facecolor()[:3] for box in boxes)
+    assert min(zero) > 0.95
+    assert below[0] > below[2]  # red
+    assert above[2] > above[0]  # blue
+    assert min(below) < min(above)  # one scale for both
+
+
+def test_a_band_goes_with_its_line():
+    figure = viz.curves({"a": [1.0, 2.0], "b": [2.0, 1.0]}, spread={"b": [0.5, 0.25]})
+    (band,) = figure.axes[0].collections
+    np.testing.assert_allclose(sorted(set(band.get_paths()[0].vertices[:, 1])), [0.75, 1.25, 1.5, 2.5])
+    with pytest.raises(ValueError, match="spread: expected names of lines, came \\['c'\\]"):
+        viz.curves({"a": [1.0]}, spread={"c": [1.0]})
+
+
+TREE = {"tower": {"layers_0": {"mlp": {"kernel": np.zeros((40, 30))}, "norm": np.zeros(300)}}, "head": np.zeros(500)}
+
+
+def test_parts_are_as_high_as_they_have_numbers():
+    from matplotlib.patches import Rectangle
+
+    figure = viz.parts(TREE, depth=3, title="a model")
+    assert {"tower", "layers_0", "mlp", "norm", "head", "1.5k", "1.2k", "300"} <= set(texts(figure))
+    heights = [box.get_height() for box in figure.axes[0].findobj(Rectangle) if box.get_width() == 0.988]
+    assert heights == [500, 1500, 1500, 1200, 300]
+    assert "kernel" not in texts(figure)
+    with pytest.raises(ValueError, match="came 0 and 4"):
+        viz.parts({})
+
+
+def test_parts_that_learn_are_coloured_by_their_share():
+    from matplotlib.patches import Rectangle
+
+    learning = {"tower": {"layers_0": {"norm": np.zeros(300)}}}
+    figure = viz.parts(TREE, learning=learning, depth=3)
+    assert "300 learn, 1.7k are frozen" in texts(figure)
+    first, *_ = [box for box in figure.axes[0].findobj(Rectangle) if 0 < box.get_width() < 0.98]
+    assert first.get_width() == pytest.approx(0.988 * 300 / 1500)
+    with pytest.raises(ValueError, match="expected parameters of the model, came"):
+        viz.parts(TREE, learning={"other": np.zeros(3)})
+
+
 def test_the_names_of_lines_do_not_lie_on_each_other():
     values = np.linspace(3, 1, 50)
     figure = viz.losses({name: values + 0.001 * i for i, name in enumerate(["all", "LoRA", "head", "none"])})
