@@ -10,6 +10,7 @@ from typing import Any
 
 SECTIONS = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Example|Examples|Note):$")
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_GAP = re.compile(r"(?<=\S) {3,}(?=\S)")  # between the entries of a legend
 # What linen adds to every module.
 LINEN = ("parent", "name", "scope")
 
@@ -17,29 +18,28 @@ LINEN = ("parent", "name", "scope")
 def as_rst(lines: list[str]) -> list[str]:
     """The lines of a docstring, as reStructuredText."""
     found: list[str] = []
-    in_section = in_literal = False
-    for number, line in enumerate(lines):
-        before = lines[number - 1] if number else ""
+    place = "text"  # or a section, a list, a literal block
+    for line in lines:
         indented = line.startswith(" ")
+        if place == "literal" and line and not indented:
+            found.append("")
         if line and not indented:
-            in_literal = False
-            in_section = SECTIONS.match(line) is not None
-        elif indented and not in_section and not in_literal and (number == 0 or not _is_list(before)):
-            in_literal = True
-            if found and found[-1]:
+            was, place = place, _place_of(line)
+            if place == "list" and was != "list" and found and found[-1]:
                 found.append("")
-            found += ["::", ""]
-        found.append(line if in_literal else _escaped(line))
-        following = lines[number + 1] if number + 1 < len(lines) else ""
-        if in_literal and line and following and not following.startswith(" "):
-            found.append("")
-        elif not in_literal and _is_list(following) and line and not _is_list(line) and not in_section:
-            found.append("")
+        elif not line and place == "list":
+            place = "text"
+        elif line and place == "text":
+            place = "literal"
+            found += ["", "::", ""]
+        found.append(line if place == "literal" else _escaped(line))
     return found
 
 
-def _is_list(line: str) -> bool:
-    return re.match(r" *(?:[-*]|\d+\.) ", line) is not None
+def _place_of(line: str) -> str:
+    if SECTIONS.match(line):
+        return "section"
+    return "list" if re.match(r"(?:[-*]|\d+\.) ", line) else "text"
 
 
 def _escaped(line: str) -> str:
@@ -51,8 +51,8 @@ def _escaped(line: str) -> str:
         else:
             bullet = re.match(r" *\* ", part) if number == 0 else None
             begin = bullet.end() if bullet else 0
-            parts[number] = part[:begin] + re.sub(r"([*|\\]|_\b|\b_(?=\W|$))", r"\\\1", part[begin:])
-    return "".join(parts)
+            parts[number] = part[:begin] + re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part[begin:])
+    return _GAP.sub(" · ", "".join(parts))
 
 
 def process_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

@@ -189,14 +189,14 @@ def flax_vlm_commands() -> set[str]:
     return {named or function for named, function in found}
 
 
-def check_mention(command: Command) -> None:
+def check_mention(command: Command, runner: Runner) -> None:
     """A command in the midst of a text: it is there, and so are the options that are named."""
     words = command.words
-    find(command)
     if words[0] != "flax-vlm":
-        return
+        return runner.run(command)
+    find(command)
     given = [word for word in words[2:] if word.startswith("--")]
-    assert len(given) == len(words[2:]), f"{command}: a whole command belongs into a block of its own, which is run"
+    assert given == words[2:], f"{command}: a whole command belongs into a block of its own, which is run"
     with _printed() as out, contextlib.suppress(SystemExit):
         cli.main([words[1], "--help"])
     missing = [option for option in given if option not in out.getvalue()]

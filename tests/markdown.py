@@ -14,7 +14,7 @@ _CODE = re.compile(r"`([^`]+)`")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 # Words that a command begins with; a name in capitals in front of one is a variable of the environment.
-_PROGRAMS = re.compile(r"(?:[A-Z_]+=\S+ )*(flax-vlm|python|make|pytest|pip|\.ci/run)\b")
+_PROGRAMS = re.compile(r"(?:[A-Z_]+=\S+ )*(flax-vlm|python|make|pytest|pip|\.ci/run)(?= |$)")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        return shlex.split(self.text)
+        """Without variables of the environment in front."""
+        words = shlex.split(self.text)
+        return words[next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), 0) :]
 
     def __str__(self) -> str:
         return f"{self.document}:{self.line}: {self.text}"

@@ -73,11 +73,11 @@ def test_what_takes_long_runs(command: Command, runner: commands.Runner) -> None
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
-def test_its_commands_are_known(document: Path) -> None:
+def test_its_commands_are_known(document: Path, runner: commands.Runner) -> None:
     for command in markdown.shell_commands(document):
         commands.find(command)
     for command in markdown.mentions(document):
-        commands.check_mention(command)
+        commands.check_mention(command, runner)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
@@ -141,11 +141,11 @@ def test_a_command_that_cannot_work_fails(
         runner.run(Command("a document", 1, text))
 
 
-def test_a_mention_names_what_there_is() -> None:
-    commands.check_mention(Command("a document", 1, "flax-vlm verify --forward"))
+def test_a_mention_names_what_there_is(runner: commands.Runner) -> None:
+    commands.check_mention(Command("a document", 1, "flax-vlm verify --forward"), runner)
     for text, message in [("flax-vlm verify --backward", "has no --backward"), ("flax-vlm verify a b", "block")]:
         with pytest.raises(AssertionError, match=message):
-            commands.check_mention(Command("a document", 1, text))
+            commands.check_mention(Command("a document", 1, text), runner)
 
 
 def test_blocks_and_commands_are_read_as_they_stand() -> None:

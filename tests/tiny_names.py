@@ -22,7 +22,7 @@ SIZES["glm-4v-9b"] |= {1120: 8, 14: 2, 40: 2, 63: 3, 32: 4, 128: 8, 16: 2, 15133
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[None]:
     """The benchmark of conversion reads these, which are written into `folder`."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for name, sizes in SIZES.items():
         swap = partial(_swap, sizes)
         for file in names.FOLDER.glob(f"{name}.*"):
