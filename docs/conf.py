@@ -1,7 +1,7 @@
 """How Sphinx makes a site of these pages, of the docstrings and of the notebooks: `make docs`, into build/docs.
 
-A warning is an error there. Neither torch nor transformers is needed, and nothing of the notebooks is executed: what they
-show is what is stored in them.
+A warning is an error there. Neither torch nor transformers is needed. Notebooks are not executed: what they show is what is
+stored in them.
 """
 
 import shutil

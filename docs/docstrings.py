@@ -1,7 +1,7 @@
 """From this project's docstrings, which are plain text with a little Markdown, to what Sphinx reads.
 
-Between single backticks is code, an indented block is shown as it stands, and stars and underscores mean themselves. The
-sections (`Args:` and the like) are left to napoleon, which runs after this.
+Between single backticks is code, an indented block is shown as it stands, and stars and underscores mean themselves.
+Sections (`Args:` and the like) are left to napoleon, which runs after this.
 """
 
 import inspect
@@ -47,7 +47,7 @@ def _escaped(line: str) -> str:
     parts = _CODE.split(line)
     for number, part in enumerate(parts):
         if number % 2:
-            parts[number] = f"``{part}``"
+            parts[number] = f"``{part}``" + ("\\ " if re.match(r"\w", parts[number + 1]) else "")
         else:
             bullet = re.match(r" *\* ", part) if number == 0 else None
             begin = bullet.end() if bullet else 0

@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -21,6 +22,7 @@ from benchmarks import contest, parity
 from benchmarks.conversion import __main__ as conversion_command
 from benchmarks.conversion import contest as conversion_contest
 from flax_vlm import cli
+from flax_vlm.cli import plan
 from flax_vlm.parallel import aot, roofline
 from tests import stand_ins, tiny_names
 from tests.markdown import ROOT, Command
@@ -40,7 +42,7 @@ class Unknown(Exception):
 class Runner:
     """Where the commands of a document are run, one after the other."""
 
-    _planned: set[str] = set()  # of all documents: a program is compiled once
+    _laid_out: set[tuple[str, ...]] = set()  # plans of all documents that came to the same
 
     def __init__(self, folder: Path, models: stand_ins.Models) -> None:
         self.folder = folder
@@ -55,7 +57,7 @@ class Runner:
         words = [each for word in words for each in (sorted(glob.glob(word)) if "*" in word else [word])]
         name = words[1]
         if name == "plan":
-            return self._plan(words)
+            return self._plan(words, slow)
         if name == "train" and "--print-config" not in words and slow:
             changed = stand_ins.RUN | {"--model": str(self.models.native)}
             self._says(stand_ins.with_options(words[1:], changed))
@@ -69,17 +71,21 @@ class Runner:
             expected = DIFFERS if "--diff" in words else 0
             self._says(stand_ins.with_options(words[1:], BRIEF.get(name, {})), expected)
 
-    def _plan(self, words: list[str]) -> None:
+    def _plan(self, words: list[str], slow: bool) -> None:
+        """For the CPU of this process; its programs are laid out, and compiled only where there is time."""
         words = stand_ins.planned(words, self.folder)
-        if (key := " ".join(words).replace(str(self.folder), "")) in self._planned:
+        key = (Path(words[2], "config.json").read_text(), *words[3:])
+        if key in self._laid_out and not slow:
             return
-        self._planned.add(key)
+        self._laid_out.add(key)
         chip = {"cpu": roofline.Chip(1e12, 2**34, 1e9, 1e9)}
-        with (
-            mock.patch.object(aot, "devices", lambda topology, slices: jax.devices()[:1]),
-            mock.patch.dict(roofline.CHIPS, chip),
-        ):
-            self._says(words[1:])
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(aot, "devices", lambda topology, slices: jax.devices()[:1]))
+            stack.enter_context(mock.patch.dict(roofline.CHIPS, chip))
+            if not slow:
+                stack.enter_context(mock.patch.object(plan, "describe", _laid_out))
+            printed = self._says([*words[1:], "--json"])
+        assert json.loads(printed)["programs"][0]["fits"]
 
     def _says(self, arguments: list[str], expected: int = 0) -> str:
         out, errors = io.StringIO(), io.StringIO()
@@ -129,7 +135,7 @@ class Runner:
     def make(self, words: list[str], slow: bool) -> None:
         """A target that there is; what it picks of the tests is there."""
         targets = [word for word in words[1:] if "=" not in word]
-        assert targets and set(targets) <= set(TARGETS), f"{targets}: not in the Makefile"
+        assert set(targets) <= set(TARGETS), f"{targets}: not in the Makefile"
         for word in words[1:]:
             variable, given, value = word.partition("=")
             if not given:
@@ -148,7 +154,7 @@ class Runner:
 
     def pip(self, words: list[str], slow: bool) -> None:
         """Extras that there are."""
-        assert words[1] == "install"
+        assert words[1] in ("install", "freeze"), words
         for word in words[2:]:
             found = re.fullmatch(r"(?:\.|flax-vlm)(?:\[([\w,]+)\])?", word)
             assert found and set((found[1] or "torch").split(",")) <= EXTRAS.keys(), word
@@ -179,7 +185,7 @@ def is_slow(command: Command) -> bool:
     words = command.words
     if words[:2] == ["python", "-m"]:
         return "plan" not in words
-    return words[:2] == ["flax-vlm", "train"] and "--print-config" not in words
+    return words[0] == "flax-vlm" and words[1] in ("plan", "train") and "--print-config" not in words
 
 
 def flax_vlm_commands() -> set[str]:
@@ -192,15 +198,21 @@ def flax_vlm_commands() -> set[str]:
 def check_mention(command: Command, runner: Runner) -> None:
     """A command in the midst of a text: it is there, and so are the options that are named."""
     words = command.words
+    if words in (["flax-vlm"], ["flax-vlm", "--help"]):
+        return None
+    find(command)
     if words[0] != "flax-vlm":
         return runner.run(command)
-    find(command)
     given = [word for word in words[2:] if word.startswith("--")]
     assert given == words[2:], f"{command}: a whole command belongs into a block of its own, which is run"
     with _printed() as out, contextlib.suppress(SystemExit):
         cli.main([words[1], "--help"])
     missing = [option for option in given if option not in out.getvalue()]
     assert not missing, f"{command}: has no {', '.join(missing)}"
+
+
+def _laid_out(name: str, draft: Any, mesh: Any, rules: str, quick: bool) -> dict[str, Any]:
+    return {"program": name, "flops": draft.flops, "fits": draft.tokens > 0}
 
 
 def _names_of_tests() -> Iterator[str]:
@@ -214,5 +226,3 @@ def _printed() -> Iterator[io.StringIO]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         yield out
-
-

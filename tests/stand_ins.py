@@ -82,7 +82,7 @@ def fill(folder: Path) -> None:
     shown = [(str(folder / name), WORDS[digit]) for name, digit in PICTURES.items()]
     asked: dict[str, Any] = {"question": " The digit is"}
     _save(folder / "in.jsonl", [asked | {"image": picture} for picture, _ in shown])
-    _save(folder / "questions.jsonl", [asked | {"image": picture, "answers": [word]} for picture, word in shown])
+    _save(folder / "questions.jsonl", [asked | {"image": picture, "answers": [word] * 10} for picture, word in shown])
     _save(folder / "pairs.jsonl", [{"image": picture, "text": f"a {word}"} for picture, word in shown])
     _save(folder / "labels.jsonl", [{"image": picture, "label": word} for picture, word in shown])
     _save(folder / "talks" / "some.jsonl", [{"messages": _talk(picture, word)} for picture, word in shown])

@@ -23,6 +23,7 @@ from benchmarks.conversion.synthetic import make_checkpoint
 from flax_vlm.convert.torch_files import TorchFiles
 from tests import tiny_names
 
+
 @pytest.fixture
 def tiny(tmp_path):
     """The same names, in a few kilobytes."""

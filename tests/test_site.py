@@ -1,4 +1,4 @@
-"""The site that `make docs` builds: every page is in a table of contents, every public module in the API, no warning."""
+"""The site that `make docs` builds: each page is in a table of contents, each public module in the API, no warning."""
 
 import re
 import subprocess
