@@ -1,6 +1,6 @@
 """How Sphinx makes a site of these pages, of the docstrings and of the notebooks: `make docs`, into build/docs.
 
-A warning is an error there. Neither torch nor transformers is needed. Notebooks are not executed: what they show is what is
+A warning is an error there. Neither torch nor transformers is needed. Notebooks are not executed: they show what is
 stored in them.
 """
 

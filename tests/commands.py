@@ -154,7 +154,7 @@ class Runner:
 
     def pip(self, words: list[str], slow: bool) -> None:
         """Extras that there are."""
-        assert words[1] in ("install", "freeze"), words
+        assert words[1:2] in ([], ["install"], ["freeze"]), words
         for word in words[2:]:
             found = re.fullmatch(r"(?:\.|flax-vlm)(?:\[([\w,]+)\])?", word)
             assert found and set((found[1] or "torch").split(",")) <= EXTRAS.keys(), word
