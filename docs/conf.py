@@ -30,6 +30,8 @@ html_show_sourcelink = False
 myst_heading_anchors = 3  # links to headings, as on GitHub
 nb_execution_mode = "off"
 
+autodoc_default_options = {"special-members": "__call__"}
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True  # FSDP_TENSOR, not all that it holds
 autodoc_typehints = "signature"

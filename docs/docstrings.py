@@ -10,7 +10,19 @@ from typing import Any
 
 SECTIONS = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Example|Examples|Note):$")
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_SEVERAL = re.compile(r"^ +\w+(?:, \w+)+:")
 _GAP = re.compile(r"(?<=\S) {3,}(?=\S)")  # between the entries of a legend
+# A few types have names of their own, which Sphinx does not know.
+_DTYPE = r"str \| type\[[~\w.]*Any\] \| [~\w.]*dtype \| [~\w.]*SupportsDType \| [~\w.]*Any"
+SHORTER = (
+    (_DTYPE, "Dtype"),
+    (r"~?jaxtyping\.", ""),
+    (r"~?\bjaxlib\._jax\.", ""),
+    (r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1"),
+    (r"<function (?:[\w.]*<locals>\.)?(\w+)[^>]*>", r"\1"),
+    (r"(?:, \*)?, parent: [^=]*= <flax[^>]*>(?:, name: [^=]* = None)?", ""),
+    (r"<[\w.]+ object[^>]*>", "..."),
+)
 # What linen adds to every module.
 LINEN = ("parent", "name", "scope")
 
@@ -32,6 +44,8 @@ def as_rst(lines: list[str]) -> list[str]:
         elif line and place == "text":
             place = "literal"
             found += ["", "::", ""]
+        if place == "section":
+            line = _SEVERAL.sub(lambda names: names[0].replace(", ", ","), line)  # napoleon takes one name for a type
         found.append(line if place == "literal" else _escaped(line))
     return found
 
@@ -60,16 +74,24 @@ def process_docstring(app: Any, what: str, name: str, obj: Any, options: Any, li
 
 
 def process_signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: Any, returns: Any) -> Any:
-    """Without what linen adds to the fields of a module."""
-    if what != "class" or not signature:
-        return None
-    shown = re.sub(r", parent: .*?= <flax[^>]*>", "", signature)
-    shown = re.sub(r", name: (?:str \| None|Optional\[str\]|Union\[str, None\]) = None(?=\))", "", shown)
-    return shown, returns
+    """Types as they stand in the source, and nothing of what linen adds to the fields of a module."""
+    return _as_written(signature), _as_written(returns)
+
+
+def _as_written(signature: str | None) -> str | None:
+    for pattern, written in SHORTER:
+        signature = signature and re.sub(pattern, written, signature)
+    return signature
 
 
 def skip_member(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
-    return True if name in LINEN and not inspect.isfunction(obj) else None
+    if name == "__call__":
+        return "__call__" not in vars(type(obj)) and not inspect.isfunction(obj)
+    if name in LINEN and not inspect.isfunction(obj):
+        return True
+    if inspect.isclass(obj) and obj.__name__ != name:  # param_dtype = jnp.float32 is no class of ours
+        return True
+    return None
 
 
 def setup(app: Any) -> None:

@@ -135,7 +135,7 @@ class Runner:
     def make(self, words: list[str], slow: bool) -> None:
         """A target that there is; what it picks of the tests is there."""
         targets = [word for word in words[1:] if "=" not in word]
-        assert set(targets) <= set(TARGETS), f"{targets}: not in the Makefile"
+        assert targets and set(targets) <= set(TARGETS), f"{targets}: not in the Makefile"
         for word in words[1:]:
             variable, given, value = word.partition("=")
             if not given:
@@ -154,7 +154,7 @@ class Runner:
 
     def pip(self, words: list[str], slow: bool) -> None:
         """Extras that there are."""
-        assert words[1:2] in ([], ["install"], ["freeze"]), words
+        assert words[1] in ("install", "freeze"), words
         for word in words[2:]:
             found = re.fullmatch(r"(?:\.|flax-vlm)(?:\[([\w,]+)\])?", word)
             assert found and set((found[1] or "torch").split(",")) <= EXTRAS.keys(), word
@@ -198,7 +198,7 @@ def flax_vlm_commands() -> set[str]:
 def check_mention(command: Command, runner: Runner) -> None:
     """A command in the midst of a text: it is there, and so are the options that are named."""
     words = command.words
-    if words in (["flax-vlm"], ["flax-vlm", "--help"]):
+    if words == ["flax-vlm", "--help"]:
         return None
     find(command)
     if words[0] != "flax-vlm":

@@ -14,7 +14,7 @@ _CODE = re.compile(r"`([^`]+)`")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 # Words that a command begins with; a name in capitals in front of one is a variable of the environment.
-_PROGRAMS = re.compile(r"(?:[A-Z_]+=\S+ )*(flax-vlm|python|make|pytest|pip|\.ci/run)(?= |$)")
+_PROGRAMS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:(?:flax-vlm|python|make|pytest|pip) |\.ci/run)")
 
 
 @dataclass(frozen=True)
