@@ -40,6 +40,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # signatures have them
 
 NOTEBOOKS = HERE / "notebooks"  # Sphinx reads what is below this folder; git does not know them
 

@@ -17,7 +17,8 @@ from tests.markdown import DOCUMENTS, SHELL, Block, Command, name
 LANGUAGES = {"python", SHELL, "text", "json", "{toctree}", "{eval-rst}"}
 GUIDES = [document for document in DOCUMENTS if document.parent.name != "api"]
 RUN = [each for each in GUIDES if {block.language for block in markdown.blocks(each.read_text())} & {"python", SHELL}]
-SLOW = [command for document in RUN for command in markdown.shell_commands(document) if commands.is_slow(command)]
+# One of each: what stands in two documents runs once.
+SLOW = {each.text: each for document in RUN for each in markdown.shell_commands(document) if commands.is_slow(each)}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def _execute(document: Path, block: Block, names: dict[str, Any], models: stand_
 
 @pytest.mark.slow
 @pytest.mark.torch
-@pytest.mark.parametrize("command", SLOW, ids=str)
+@pytest.mark.parametrize("command", SLOW.values(), ids=str)
 def test_what_takes_long_runs(command: Command, runner: commands.Runner) -> None:
     runner.run(command, slow=True)
 
