@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 PYTEST = JAX_PLATFORMS=cpu $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-slow test-latest lint format bench notebooks clean distclean environment environment-slow environment-latest
+.PHONY: help demo test test-slow test-latest lint format bench docs notebooks clean distclean environment environment-slow environment-latest
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -38,11 +38,14 @@ format: environment ## let ruff fix and format what it can
 bench: environment ## ours against torch, in one table
 	.venv/bin/python -m benchmarks
 
+docs: environment ## the documents and the API as a site, in build/docs
+	JAX_PLATFORMS=cpu .venv/bin/python -m sphinx -W --keep-going -E -q -d build/doctrees docs build/docs
+
 notebooks: environment ## run the notebooks, and store what they show
 	.venv/bin/python scripts/notebooks.py
 
 clean: ## remove build outputs and caches; the environments stay
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache demo-output
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache demo-output docs/notebooks
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove the environments

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,32 +21,14 @@ from benchmarks.conversion.measure import Measured, Memory, Step, measure
 from benchmarks.conversion.names import Model, Stack
 from benchmarks.conversion.synthetic import make_checkpoint
 from flax_vlm.convert.torch_files import TorchFiles
-
-# Real sizes -> tiny ones.
-SIZES = {
-    "AltCLIP": {250002: 40, 1024: 16, 4096: 24, 768: 8, 514: 20, 257: 5, 224: 4, 14: 2, 16: 2, 24: 2},
-    "idefics-9b": {32000: 64, 4096: 32, 11008: 48, 1280: 16, 5120: 24, 1536: 8, 257: 5, 14: 2, 128: 8, 32: 8, 6: 2},
-}
-SIZES["idefics-9b"] |= {8: 2, 64: 4, 96: 4}
-SIZES["glm-4v-9b"] = {151552: 64, 4096: 32, 4608: 64, 27392: 40, 13696: 20, 1792: 16, 5376: 48, 15360: 24, 6401: 17}
-SIZES["glm-4v-9b"] |= {1120: 8, 14: 2, 40: 2, 63: 3, 32: 4, 128: 8, 16: 2, 151339: 62, 151340: 63}
-
-
-def _swap(sizes: dict[int, int], number: re.Match[str]) -> str:
-    return str(sizes.get(int(number[0]), number[0]))
+from tests import tiny_names
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
+def tiny(tmp_path):
     """The same names, in a few kilobytes."""
-    folder = tmp_path / "names"
-    folder.mkdir()
-    for name, sizes in SIZES.items():
-        swap = partial(_swap, sizes)
-        for file in names.FOLDER.glob(f"{name}.*"):
-            text = re.sub(r"(?<=[ x])\d+(?=[\s,])", swap, file.read_text("ascii"))
-            (folder / file.name).write_text(text, "ascii")
-    monkeypatch.setattr(names, "FOLDER", folder)
+    with tiny_names.in_use(tmp_path / "names"):
+        yield
 
 
 @pytest.mark.parametrize(
