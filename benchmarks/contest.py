@@ -52,6 +52,8 @@ class Result:
     first_call_seconds: float = 0.0
     shape: list[int] = dataclasses.field(default_factory=list)
     peak_bytes: int = 0
+    phases: list[list[float]] = dataclasses.field(default_factory=list)  # flops, bytes, times
+    dtype: str = "float32"
     others: float | None = 0.0  # the largest share of the processors that others had during a turn,
     others_at_first: float | None = 0.0  # ... and while it prepared and compiled
 
@@ -86,7 +88,8 @@ class Contestant:
     def start(self) -> None:
         """Prepare and run once."""
         watch = Watch(self._process.pid)
-        self.result.prepare_seconds = self._answer()["prepare_seconds"]
+        for name, value in self._answer().items():
+            setattr(self.result, name, value)
         answer = self._answer()
         self.result.others_at_first = watch.others()
         self.result.first_call_seconds, self.result.shape = answer["first_call_seconds"], answer["shape"]
@@ -147,11 +150,12 @@ def run_case(module: str, case: Case, plan: Plan) -> list[Result]:
 def _alternate(case: Case, contestants: list[Contestant], plan: Plan) -> None:
     """Round after round, until enough of them were undisturbed."""
     kept, lost = 0, 0.0
+    seconds = plan.turn_seconds if plan.quick else max(plan.turn_seconds, case.turn_seconds)
     while kept < plan.rounds and contestants:
         if not plan.allow_busy:
             wait_until_idle(plan.patience)
         start = time.monotonic()
-        turns = [contestant.turn(plan.turn_seconds) for contestant in contestants]
+        turns = [contestant.turn(seconds) for contestant in contestants]
         others = max(share or 0.0 for _, share in turns)
         if others > BUSY and not plan.allow_busy:
             lost += time.monotonic() - start
@@ -161,9 +165,9 @@ def _alternate(case: Case, contestants: list[Contestant], plan: Plan) -> None:
             continue
         kept += 1
         _note(f"{case.title}: round {kept} of {plan.rounds}")
-        for contestant, (seconds, share) in zip(contestants, turns, strict=True):
+        for contestant, (times, share) in zip(contestants, turns, strict=True):
             result = contestant.result
-            result.seconds += seconds
+            result.seconds += times
             result.others = None if share is None or result.others is None else max(share, result.others)
 
 

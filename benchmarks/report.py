@@ -5,25 +5,30 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks import roof
 from benchmarks.contest import BUSY, Plan, Result
 
-HEADER = ("case", "contestant", "median", "middle half", "ours is faster", "compile", "peak memory")
+HEADER = ("case", "contestant", "median", "middle half", "ours is faster", "of the roof", "compile", "peak memory")
 
 
 def as_json(machine: dict[str, Any], plan: Plan, rows: Sequence[tuple[str, list[Result]]]) -> dict[str, Any]:
-    """Everything that was measured; "ratio" is the contestant's time over ours."""
+    """Everything that was measured; "ratio" is the contestant's time over ours, "roof" the share of the machine's."""
+    roofs = roof.measured(rows)
     return {
         "machine": machine,
         "plan": dataclasses.asdict(plan),
         "busy": disturbed(rows),
+        "roofs": roofs._asdict(),
         "cases": [
-            {"title": title, "results": [_numbers(result, results[0]) for result in results]} for title, results in rows
+            {"title": title, "results": [_numbers(result, results[0], roofs) for result in results]}
+            for title, results in rows
         ],
     }
 
 
 def as_markdown(machine: dict[str, Any], plan: Plan, rows: Sequence[tuple[str, list[Result]]]) -> str:
     """One line a contestant, after a line about the machine; where others were at work it says so."""
+    roofs = roof.measured(rows)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {versions}; "
@@ -38,7 +43,7 @@ def as_markdown(machine: dict[str, Any], plan: Plan, rows: Sequence[tuple[str, l
         lines += ["**Nobody checked that the machine was idle: there is no /proc here.**", ""]
     lines += [_line(HEADER), _line(["---", "---", *["---:"] * (len(HEADER) - 2)])]
     for title, results in rows:
-        lines += [_line(_cells(title, result, results[0])) for result in results]
+        lines += [_line(_cells(title, result, results[0], roofs)) for result in results]
     return "\n".join(lines)
 
 
@@ -47,18 +52,21 @@ def disturbed(rows: Sequence[tuple[str, list[Result]]]) -> bool:
     return any((result.others or 0.0) > BUSY for _, results in rows for result in results)
 
 
-def _numbers(result: Result, ours: Result) -> dict[str, Any]:
+def _numbers(result: Result, ours: Result, roofs: roof.Roofs) -> dict[str, Any]:
     numbers = dataclasses.asdict(result)
     if result.seconds:
         numbers |= {"median_seconds": result.median, "compile_seconds": result.compile_seconds}
         numbers["ratio"] = result.median / ours.median if ours.seconds else None
+        found = roof.share(result, ours, roofs)
+        numbers["roof"] = None if found is None else found._asdict()
     return numbers
 
 
-def _cells(title: str, result: Result, ours: Result) -> list[str]:
+def _cells(title: str, result: Result, ours: Result, roofs: roof.Roofs) -> list[str]:
     if result.error is not None:
-        return [title, result.contestant, f"failed: {result.error}".replace("|", "/"), "", "", "", ""]
+        return [title, result.contestant, f"failed: {result.error}".replace("|", "/"), *[""] * (len(HEADER) - 3)]
     times = result.seconds * 2 if len(result.seconds) == 1 else result.seconds
+    under = roof.share(result, ours, roofs)
     low, _, high = statistics.quantiles(times, n=4, method="inclusive")
     return [
         title,
@@ -66,6 +74,7 @@ def _cells(title: str, result: Result, ours: Result) -> list[str]:
         _time(result.median) + _busy(result.others),
         f"{_time(low)} to {_time(high)}",
         f"{result.median / ours.median:.2f}x" if ours.seconds and result is not ours else "",
+        "" if under is None else f"{under.share:.0%}, {under.bound}",
         f"{result.compile_seconds:.1f} s{_busy(result.others_at_first)}",
         f"{result.peak_bytes / 1e9:.1f} GB",
     ]

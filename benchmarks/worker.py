@@ -26,7 +26,7 @@ def main(module: str, title: str, contestant: str, quick: str) -> None:
     case = next(case for case in cases(module, quick == "True") if case.title == title)
     start = time.perf_counter()
     work = case.contestants[contestant]()
-    answer(prepare_seconds=time.perf_counter() - start)
+    answer(prepare_seconds=time.perf_counter() - start, phases=work.phases, dtype=work.dtype)
 
     start = time.perf_counter()
     output = work.run()

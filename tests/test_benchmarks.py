@@ -36,13 +36,15 @@ def test_one_command_prints_the_table_and_writes_json(tmp_path, capsys):
     status = command_line.main(["--quick", "--allow-busy", "--json", str(path), "AltCLIP", "batch 1,", "float32"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert status == 0
-    assert len(table) == 4  # header, rule, two contestants
-    assert [line.split(" | ")[1] for line in table[2:]] == ["flax_vlm", "torch sdpa"]
+    assert len(table) == 10  # header, rule, and two contestants of three roofs and the case
+    assert [line.split(" | ")[1] for line in table[2:]] == ["flax_vlm", "torch sdpa"] * 4
 
     written = json.loads(path.read_text("utf-8"))
     assert written["machine"]["cores"] == machine.cores()
     assert {"python", "jax", "torch"} <= written["machine"]["versions"].keys()
-    (case,) = written["cases"]
+    *roofs, case = written["cases"]
+    assert [one["title"].split(":")[0] for one in roofs] == ["roof"] * 3
+    assert min(*written["roofs"]["flops"].values(), written["roofs"]["bandwidth"]) > 0
     mine, theirs = case["results"]
     assert mine["shape"] == theirs["shape"] == [1, 5, 32]
     assert mine["ratio"] == 1
@@ -50,6 +52,7 @@ def test_one_command_prints_the_table_and_writes_json(tmp_path, capsys):
     for one in case["results"]:
         assert one["error"] is None
         assert len(one["seconds"]) >= Plan().rounds - 5
+        assert one["roof"]["share"] > 0 and one["roof"]["bound"] in ("arithmetic", "memory")
         assert min(one["median_seconds"], one["first_call_seconds"], one["peak_bytes"]) > 0
 
 
@@ -132,8 +135,8 @@ def test_the_table():
     about = machine.describe()
     table = report.as_markdown(about, Plan(allow_busy=True), rows)
     assert table.splitlines()[-2:] == [
-        "| a case | ours | 1000 ms | 1000 ms to 2000 ms |  | 2.0 s | 1.0 GB |",
-        "| a case | theirs | 2000 ms (busy: 30%) | 2000 ms to 2000 ms | 2.00x | 1.0 s | 1.0 GB |",
+        "| a case | ours | 1000 ms | 1000 ms to 2000 ms |  |  | 2.0 s | 1.0 GB |",
+        "| a case | theirs | 2000 ms (busy: 30%) | 2000 ms to 2000 ms | 2.00x |  | 1.0 s | 1.0 GB |",
     ]
     assert "these times do not compare" in table
     written = report.as_json(about, Plan(allow_busy=True), rows)
@@ -142,3 +145,24 @@ def test_the_table():
     rows[0][1][1].others = None
     assert "Nobody checked" in report.as_markdown(about, Plan(), rows)
     assert np.isclose(rows[0][1][0].compile_seconds, 2.0)
+
+
+def test_work_is_seen_under_the_roofs_of_its_run():
+    product = result("flax_vlm", [0.5], phases=[[100.0, 0.0, 1]], dtype="bfloat16")
+    added = result("flax_vlm", [2.0], phases=[[0.0, 80.0, 1]])
+    reading = result("flax_vlm", [4.0], phases=[[300.0, 10.0, 1], [1.0, 20.0, 3]], dtype="bfloat16")
+    peer = result("torch sdpa", [8.0])
+    rows = [
+        ("roof: product", [product, result("torch sdpa", [1.0])]),
+        ("roof: sum", [result("flax_vlm", [3.0], phases=[[0.0, 80.0, 1]]), added]),
+        ("a case", [reading, peer]),
+    ]
+    written = report.as_json(machine.describe(), Plan(), rows)
+    assert written["roofs"] == {"flops": {"bfloat16": 200.0}, "bandwidth": 40.0}
+    # 300 / 200 of arithmetic, then three times 20 / 40 of memory.
+    assert [one["roof"] for one in written["cases"][2]["results"]] == [
+        {"share": 3.0 / 4.0, "bound": "memory"},
+        {"share": 3.0 / 8.0, "bound": "memory"},
+    ]
+    assert "| 75%, memory |" in report.as_markdown(machine.describe(), Plan(), rows)
+    assert "memory |" not in report.as_markdown(machine.describe(), Plan(), rows[2:]).split("| a case |")[1]

@@ -6,14 +6,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MODULES = ("vision_tower", "generation", "train_step", "data", "start_up")
+MODULES = ("roofs", "checkpoints", "vision_tower", "generation", "train_step", "data", "start_up")
+UNDER_ROOFS = {"vision_tower", "generation", "train_step"}  # those that know what they need at least
+
+
+class Phase(NamedTuple):
+    """What work needs at least: arithmetic and memory that is read and written, so many times one after the other."""
+
+    flops: float = 0
+    nbytes: float = 0
+    times: float = 1
 
 
 class Work(NamedTuple):
-    """What a contestant does over and over."""
+    """What a contestant does over and over.
+
+    Those of ours that say in `phases` what it needs, computing in `dtype`, are seen under the roofs of the machine, and
+    with them their peers.
+    """
 
     run: Callable[[], Any]  # once; returns when the result is there, not when it is on its way
     as_numpy: Callable[[Any], np.ndarray]  # that result, to see that all contestants made the same thing; not timed
+    phases: tuple[Phase, ...] = ()
+    dtype: str = "float32"
 
 
 class Case(NamedTuple):
@@ -26,6 +41,7 @@ class Case(NamedTuple):
     title: str
     contestants: Mapping[str, Callable[[], Work]]
     environments: Mapping[str, Mapping[str, str]] = {}  # what is added to that of a contestant's process
+    turn_seconds: float = 0  # a turn lasts at least so long, where work is never done just once
 
 
 def cases(module: str, quick: bool) -> list[Case]:

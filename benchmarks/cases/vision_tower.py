@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import Case, Work
+from benchmarks.cases import Case, Phase, Work
 
 Sizes = dict[str, Any]
 
@@ -124,14 +124,19 @@ def ours(make: Callable[..., Any], images: np.ndarray, dtype: str, states: Calla
     import jax.numpy as jnp
     from flax.linen import meta
 
+    from flax_vlm.training.metrics import count_flops
+
     model = make(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
     pixels = jnp.asarray(images, dtype)
     params = jax.jit(lambda key: meta.unbox(model.init(key, pixels))["params"])(jax.random.key(0))
     jax.block_until_ready((params, pixels))
     forward = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels))
+    flops = count_flops(jax.make_jaxpr(forward)(params, pixels))
     return Work(
         run=lambda: jax.block_until_ready(forward(params, pixels)),
         as_numpy=lambda output: np.asarray(states(output), np.float32),
+        phases=(Phase(flops, sum(leaf.nbytes for leaf in jax.tree.leaves(params))),),
+        dtype=dtype,
     )
 
 

@@ -1,4 +1,4 @@
-"""The tensors of released checkpoints: names and shapes, kept in `benchmarks/names/`.
+"""The tensors of released checkpoints: names and shapes, kept in `benchmarks/names/`; configs are the command line's.
 
 A line there is a tensor: its name, then its shape. The indented lines under "model.layers.* x32 num_hidden_layers" are
 the tensors of a layer, of which there are 32; the last word is the entry of config.json that says so.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parents[1] / "names"
+CONFIGS = Path(__file__).parents[2] / "flax_vlm" / "cli" / "presets"
 ITEMSIZE = 2  # bfloat16, in which all of them are released or commonly kept
 
 Shape = tuple[int, ...]
@@ -101,7 +102,7 @@ def read(name: str) -> Model:
         if not stacks or bool(stacks[-1].prefix) != line.startswith(" "):
             stacks.append(Stack("", 1, None, {}))
         stacks[-1].layer[words[0]] = tuple(map(int, words[1:]))
-    return Model(name, json.loads((FOLDER / f"{name}.json").read_text("ascii")), stacks)
+    return Model(name, json.loads((CONFIGS / f"{name.lower()}.json").read_text("ascii")), stacks)
 
 
 def _counted(config: dict[str, Any], stacks: Sequence[Stack]) -> dict[str, Any]:
