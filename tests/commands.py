@@ -97,7 +97,7 @@ class Runner:
         return out.getvalue()
 
     def benchmarks(self, words: list[str], slow: bool) -> None:
-        """`python -m benchmarks`: the first case of each kind in a tiny size; else only whether there are such cases."""
+        """`python -m benchmarks`: the first case of each kind, tiny; else only whether there are such cases."""
         arguments = [*words[3:], "--quick", "--allow-busy", "--json", str(self.folder / "benchmarks.json")]
         kinds: set[str] = set()
         really = contest.run_case
