@@ -25,10 +25,10 @@ def in_use(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     for name, sizes in SIZES.items():
         swap = partial(_swap, sizes)
-        for file in names.FOLDER.glob(f"{name}.*"):
+        for file in (names.FOLDER / f"{name}.txt", names.CONFIGS / f"{name.lower()}.json"):
             text = re.sub(r"(?<=[ x])\d+(?=[\s,])", swap, file.read_text("ascii"))
             (folder / file.name).write_text(text, "ascii")
-    with mock.patch.object(names, "FOLDER", folder):
+    with mock.patch.multiple(names, FOLDER=folder, CONFIGS=folder):
         yield
 
 
