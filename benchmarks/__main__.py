@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import cases, contest, machine, report
+from benchmarks import cases, contest, device, machine, report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,9 +20,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--allow-busy", action="store_true", help="go on beside other work; the table says so")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: see that all runs")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s")
     options = parser.parse_args(arguments)
+    try:
+        gpu = device.gpu_name() if options.device == "gpu" else None
+    except ValueError as error:
+        parser.error(str(error))
     plan = contest.Plan(
-        rounds=options.rounds, patience=options.patience, allow_busy=options.allow_busy, quick=options.quick
+        rounds=options.rounds,
+        patience=options.patience,
+        allow_busy=options.allow_busy,
+        quick=options.quick,
+        device=options.device,
     )
     if options.quick:
         plan = dataclasses.replace(plan, rounds=2, turn_seconds=0.01)
@@ -41,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"not measured: {error}; stop what else runs, or go on with --allow-busy", file=sys.stderr)
         return 3
 
-    about = machine.describe()
+    about = machine.describe() | {"gpu": gpu}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report.as_json(about, plan, rows), indent=2) + "\n", "utf-8")
     print(report.as_markdown(about, plan, rows))

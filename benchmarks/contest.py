@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.device import ENVIRONMENTS, Device
 from benchmarks.machine import Watch, cores
 
 # Others may use this share of all cores; a system at rest stays below 2 %.
@@ -32,6 +33,7 @@ class Plan:
       turn_seconds: how long a turn lasts; at least one run.
       patience: seconds to wait for an idle machine, and seconds of rounds thrown away in one case, before giving up.
       allow_busy: measure whatever others do.
+      device: that of all contestants.
     """
 
     rounds: int = 7
@@ -39,6 +41,7 @@ class Plan:
     patience: float = 120
     allow_busy: bool = False
     quick: bool = False
+    device: Device = "cpu"
 
 
 @dataclasses.dataclass
@@ -70,18 +73,18 @@ class Result:
 class Contestant:
     """The process of one contestant, from our side. Only one of them may work at a time."""
 
-    def __init__(self, module: str, case: Case, name: str, quick: bool):
+    def __init__(self, module: str, case: Case, name: str, plan: Plan):
         self.result = Result(name)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", module, case.title, name, str(quick)],
+            [sys.executable, "-m", "benchmarks.worker", module, case.title, name, str(plan.quick)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
             bufsize=1,
             cwd=Path(__file__).parents[1],
-            env={**_environment(), **case.environments.get(name, {})},
+            env={**_environment(), **ENVIRONMENTS[plan.device], **case.environments.get(name, {})},
             process_group=0,
         )
 
@@ -133,7 +136,7 @@ def run_case(module: str, case: Case, plan: Plan) -> list[Result]:
             if not plan.allow_busy:
                 wait_until_idle(plan.patience)
             _note(f"{case.title}: {name} starts")
-            contestant = Contestant(module, case, name, plan.quick)
+            contestant = Contestant(module, case, name, plan)
             stack.callback(contestant.close)
             contestants.append(contestant)
             try:
@@ -191,7 +194,6 @@ def wait_until_idle(patience: float) -> None:
 def _environment() -> dict[str, str]:
     """All cores for everyone, and no compiled program from an earlier run."""
     return os.environ | {
-        "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
         "OMP_NUM_THREADS": str(cores()),

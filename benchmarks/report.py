@@ -29,9 +29,10 @@ def as_json(machine: dict[str, Any], plan: Plan, rows: Sequence[tuple[str, list[
 def as_markdown(machine: dict[str, Any], plan: Plan, rows: Sequence[tuple[str, list[Result]]]) -> str:
     """One line a contestant, after a line about the machine; where others were at work it says so."""
     roofs = roof.measured(rows)
+    gpu = f"{machine['gpu']}; " if machine.get("gpu") else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {versions}; "
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {gpu}{versions}; "
         f"commit {machine['commit']}; {machine['date']}. Medians over {plan.rounds} alternating rounds.",
         "",
     ]

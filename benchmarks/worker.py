@@ -6,13 +6,13 @@ fits into them, at least once. Each answer is one line of JSON on stdout; it end
 
 import json
 import os
-import resource
 import sys
 import time
 from typing import Any
 
 import numpy as np
 
+from benchmarks import device
 from benchmarks.cases import Work, cases
 
 
@@ -36,7 +36,7 @@ def main(module: str, title: str, contestant: str, quick: str) -> None:
     answer(first_call_seconds=first_call, shape=array.shape, finite=bool(np.isfinite(array).all()))
 
     for line in sys.stdin:
-        answer(seconds=_turn(work, float(line)), peak_bytes=_peak_bytes())
+        answer(seconds=_turn(work, float(line)), peak_bytes=device.peak_bytes())
 
 
 def _turn(work: Work, seconds: float) -> list[float]:
@@ -46,11 +46,6 @@ def _turn(work: Work, seconds: float) -> list[float]:
         work.run()
         times.append(time.perf_counter() - start)
     return times
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

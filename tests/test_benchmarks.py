@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import cases, contest, machine, report
+from benchmarks import cases, contest, device, machine, report
 from benchmarks.contest import Plan, Result
 
 SPIN = "import time\nwhile time.process_time() < 0.6: pass\nprint('spun', flush=True)\ninput()"
@@ -166,3 +166,18 @@ def test_work_is_seen_under_the_roofs_of_its_run():
     ]
     assert "| 75%, memory |" in report.as_markdown(machine.describe(), Plan(), rows)
     assert "memory |" not in report.as_markdown(machine.describe(), Plan(), rows[2:]).split("| a case |")[1]
+
+
+def test_a_gpu_is_asked_for(monkeypatch, tmp_path, capsys):
+    """Of what is said without one; whether it is fast only a GPU can tell."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit):
+        command_line.main(["--device", "gpu", "roof"])
+    assert "expected an NVIDIA GPU" in capsys.readouterr().err
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200, 143771 MiB\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    about = machine.describe() | {"gpu": device.gpu_name()}
+    assert "; NVIDIA H200, 143771 MiB; " in report.as_markdown(about, Plan(device="gpu"), [])
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho no driver; exit 9\n")
+    with pytest.raises(ValueError, match="no driver"):
+        device.gpu_name()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import device
 from benchmarks.cases import Case, Phase, Work
 
 Sizes = dict[str, Any]
@@ -140,14 +141,16 @@ def theirs(family: Family, sizes: Sizes, batch: int, dtype: str, new: int) -> Wo
     torch_dtype = getattr(torch, dtype)
     config, model_class = family.their_model(sizes)
     model: Any = model_class._from_config(config, attn_implementation="sdpa", dtype=torch_dtype).eval()
-    prompt: dict[str, Any] = {name: torch.from_numpy(array) for name, array in family.inputs(sizes, batch).items()}
+    model.to(device.of_torch())
+    arrays = {name: torch.from_numpy(array) for name, array in family.inputs(sizes, batch).items()}
+    prompt: dict[str, Any] = {name: array.to(device.of_torch()) for name, array in arrays.items()}
     prompt = {name: each.to(torch_dtype) if each.is_floating_point() else each.long() for name, each in prompt.items()}
 
     def run() -> Any:
         with torch.inference_mode():
             return model.generate(**prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
 
-    return Work(run=run, as_numpy=lambda output: output.float().numpy())
+    return device.torch_work(run)
 
 
 def our_idefics(sizes: Sizes, **dtypes: Any) -> Any:

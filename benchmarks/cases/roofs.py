@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import device
 from benchmarks.cases import Case, Phase, Work
 
 DTYPES = ("float32", "bfloat16")
@@ -44,8 +45,8 @@ def our_product(width: int, dtype: str) -> Work:
 def their_product(width: int, dtype: str) -> Work:
     import torch
 
-    array = torch.ones(width, width, dtype=getattr(torch, dtype))
-    return Work(run=lambda: array @ array, as_numpy=lambda output: output.float().numpy())
+    array = torch.ones(width, width, dtype=getattr(torch, dtype), device=device.of_torch())
+    return device.torch_work(lambda: array @ array)
 
 
 def our_sum(numbers: int) -> Work:
@@ -61,5 +62,5 @@ def our_sum(numbers: int) -> Work:
 def their_sum(numbers: int) -> Work:
     import torch
 
-    array = torch.ones(numbers)
-    return Work(run=lambda: array.reshape(8, -1).sum(-1), as_numpy=lambda output: output.numpy())
+    array = torch.ones(numbers, device=device.of_torch())
+    return device.torch_work(lambda: array.reshape(8, -1).sum(-1))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import device
 from benchmarks.cases import Case, Phase, Work
 from benchmarks.cases.generation import IDEFICS_630M, IDEFICS_SMALL, PROMPT, words_and_image
 from benchmarks.cases.vision_tower import VIT_SMALL, pictures
@@ -144,11 +145,11 @@ def theirs(model: Any, batch: dict[str, np.ndarray], dtype: str, loss: Callable[
     """torch's fused AdamW."""
     import torch
 
-    model.train()
-    rows = {name: torch.from_numpy(each) for name, each in batch.items()}
+    model.to(device.of_torch()).train()
+    rows = {name: torch.from_numpy(each).to(device.of_torch()) for name, each in batch.items()}
     rows = {name: each if each.is_floating_point() else each.long() for name, each in rows.items()}
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01, fused=True)
-    casting = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    casting = torch.autocast(device.of_torch(), torch.bfloat16, enabled=dtype == "bfloat16")
 
     def run() -> Any:
         optimizer.zero_grad()
@@ -158,4 +159,4 @@ def theirs(model: Any, batch: dict[str, np.ndarray], dtype: str, loss: Callable[
         optimizer.step()
         return value.detach()
 
-    return Work(run=run, as_numpy=lambda value: value.float().numpy())
+    return device.torch_work(run)

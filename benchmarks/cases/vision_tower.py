@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import device
 from benchmarks.cases import Case, Phase, Work
 
 Sizes = dict[str, Any]
@@ -144,11 +145,12 @@ def theirs(model: Any, images: np.ndarray, dtype: str, states: Callable[[Any], A
     """A module of torch, plain or under `torch.compile`."""
     import torch
 
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(getattr(torch, dtype))
-    forward = torch.compile(model.eval()) if compiled else model.eval()
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device.of_torch(), getattr(torch, dtype))
+    model = model.to(device.of_torch()).eval()
+    forward = device.compile_torch(model) if compiled else model
 
     def run() -> Any:
         with torch.inference_mode():
             return forward(pixels)
 
-    return Work(run=run, as_numpy=lambda output: states(output).float().numpy())
+    return device.torch_work(run, states)
