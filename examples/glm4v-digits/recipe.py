@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[2] / "build" / "glm4v-digits"
 CONFIG = TrainConfig(
     model=str(FOLDER / "start"),
     output=str(FOLDER / "run"),
-    data=DataConfig(paths=(str(FOLDER / "data.array_record"),), format="conversations", max_length=48),
+    data=DataConfig(paths=(str(FOLDER / "data.array_record"),), format="conversations", max_length=40),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, b2=0.98, weight_decay=0.1),
     steps=1500,
     batch_size=48,

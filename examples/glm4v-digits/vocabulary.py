@@ -12,7 +12,7 @@ from flax_vlm.processing.byte_pairs import GLM4_PATTERN, byte_letters, glm4_toke
 # In the order of glm-4-9b, where they follow the vocabulary.
 SPECIAL = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>"]
 SPECIAL += ["<|assistant|>", "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>"]
-PIECES = 420  # 256 bytes, and what is joined of them
+PIECES = 1000  # at most: 256 bytes, and what is joined of them
 WITHOUT_SPACES = ("zh",)
 
 

@@ -4,7 +4,7 @@ In GLM-4V the vectors of a picture stand among the words, so one attention reads
 that have attended vectors. Each vector was made of two by two tokens of the tower, which had attended all patches. The
 shares are followed through all of it by attention rollout: see `flax_vlm.models.rollout`.
 
-B batch   L ids   S slots   I images a row   M vectors a picture   P patches a picture
+B batch   L ids   S slots   I images a row   M vectors and P patches a picture   T class token and patches
 """
 
 from collections.abc import Mapping
@@ -73,7 +73,7 @@ def _composed(
     return of_ids(direct), of_ids(rollout(output.attentions))
 
 
-def _merged(tower: Float[Array, "BI P+1 P+1"], vision: GLM4VVisionConfig) -> Float[Array, "BI M P"]:
+def _merged(tower: Float[Array, "BI T T"], vision: GLM4VVisionConfig) -> Float[Array, "BI M P"]:
     """What each vector has of each patch: the mean of the two by two that it was made of."""
     half = vision.grid // 2
     rows = tower[:, 1:, 1:].reshape(len(tower), half, 2, half, 2, -1)
