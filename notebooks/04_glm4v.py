@@ -25,12 +25,11 @@
 # %%
 from pathlib import Path
 
-import jax
 import numpy as np
 
 import flax_vlm
 from flax_vlm import demo, viz
-from flax_vlm.demo.scenes import EMPTY
+from flax_vlm.demo.scenes import EMPTY, draw_scene
 from flax_vlm.models.glm4v import image_attention
 
 EXAMPLE = Path("../examples/glm4v-digits")
@@ -143,7 +142,7 @@ viz.attention_over_words(slots, strip, rows=["slot", "position"], numbers=True)
 
 # %%
 rng = np.random.default_rng(0)
-scenes = [demo.scenes.draw_scene(rng, labels, empty=0.0) for _ in range(40)]
+scenes = [draw_scene(rng, labels, empty=0.0) for _ in range(40)]
 drawn = [each.draw(digits) for each in scenes]
 asked = [f"Which digit is at the {place}?" for place in english.places]
 inputs = vlm.processor([[image, question] for image in drawn for question in asked])
