@@ -153,9 +153,7 @@ mask = np.concatenate([mask, np.ones_like(newline)], axis=1)
 first = [vlm.processor.tokenizer.ordinary_ids(word)[0] for word in english.words]
 truth = np.array([each.digits for each in scenes]).reshape(-1)
 
-rows = [
-    vlm.model.lay_out({"input_ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]}, 1) for i in range(len(ids))
-]
+rows = [vlm.model.lay_out({"input_ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]}, 1) for i in range(len(ids))]
 laid = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 encoded = vlm.encode_images(images=images)
 

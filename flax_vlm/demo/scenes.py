@@ -76,7 +76,11 @@ class SceneQuestion:
     @cached_property
     def text(self) -> str:
         wordings: Sequence[str] = getattr(self.speech, self.task)
-        about = {"which": self.speech.places[self.cell], "where": self.speech.words[self.digits[self.cell]], "every": ""}
+        about = {
+            "which": self.speech.places[self.cell],
+            "where": self.speech.words[self.digits[self.cell]],
+            "every": "",
+        }
         return wordings[self.wording % len(wordings)].format(about[self.task])
 
     @property
@@ -100,7 +104,7 @@ class SceneTalk:
         """For each language and kind of question what is right, to the last character, and how many there are."""
         found: dict[str, dict[SceneTask, tuple[int, int]]] = {}
         for question, answer in zip(self.questions, self.answers, strict=True):
-            of_language = found.setdefault(question.speech.language, {task: (0, 0) for task in TASKS})
+            of_language = found.setdefault(question.speech.language, dict.fromkeys(TASKS, (0, 0)))
             right, total = of_language[question.task]
             of_language[question.task] = (right + (answer == question.answer), total + 1)
         return found
