@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import recipe
+from safetensors import safe_open
+
 from flax_vlm.demo import SceneTalk
 
 CARD = """---
@@ -43,8 +46,10 @@ questions about every picture, each alone. Answers are greedy, and right when th
 
     python examples/glm4v-digits/train.py
 
-It makes conversations and random weights, and runs `recipe.py` with `flax-vlm train`: {steps:,} steps of AdamW, each on
-{batch} conversations, none of which comes twice; the loss is on the answers alone. No step but the last was looked at.
+First the image tower learns to see, as that of GLM-4V had: {tower} steps on {tower_batch} scenes, after which a line
+can tell from each vector of a picture its cell and the digit in it. Then the decoder joins it, with random weights, and
+`recipe.py` trains both with `flax-vlm train`: {steps:,} steps of AdamW, each on {batch} conversations, none of which
+comes twice; the loss is on the answers alone. No step but the last was looked at.
 {took}
 
 ## Use
@@ -70,9 +75,6 @@ TOOK = "It took some minutes on two busy CPU cores."
 
 def write(example: Path, talk: SceneTalk) -> None:
     """Writes the README.md of the example's checkpoint."""
-    import recipe
-    from safetensors import safe_open
-
     with safe_open(example / "checkpoint" / "model.safetensors", "numpy") as file:
         size = sum(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
     rows = [row(language, cells) for language, cells in talk.scores().items()]
@@ -85,6 +87,8 @@ def write(example: Path, talk: SceneTalk) -> None:
         steps=recipe.CONFIG.steps,
         batch=recipe.CONFIG.batch_size,
         took=TOOK,
+        tower=recipe.TOWER_STEPS,
+        tower_batch=recipe.TOWER_BATCH,
     )
     (example / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
 

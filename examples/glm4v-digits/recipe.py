@@ -12,13 +12,14 @@ from flax_vlm.training.data import DataConfig
 from flax_vlm.training.optimizer import OptimizerConfig
 
 FOLDER = Path(__file__).parents[2] / "build" / "glm4v-digits"
+TOWER_STEPS, TOWER_BATCH = 700, 64  # of the tower alone, before; see tower.py
 
 CONFIG = TrainConfig(
     model=str(FOLDER / "start"),
     output=str(FOLDER / "run"),
     data=DataConfig(paths=(str(FOLDER / "data.array_record"),), format="conversations", max_length=40),
-    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, b2=0.98, weight_decay=0.1),
-    steps=1500,
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, b2=0.98, weight_decay=0.1),
+    steps=800,
     batch_size=48,
     dtype="float32",
     remat="none",

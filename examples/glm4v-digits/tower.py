@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from PIL import Image
+from recipe import TOWER_BATCH, TOWER_STEPS
 
 from examples import pictures
-from flax_vlm.demo.scenes import CELL, EMPTY, arranged, draw_scene
+from flax_vlm.demo.scenes import CELL, EMPTY, Scene, arranged, draw_scene
 from flax_vlm.models.glm4v import EVA2CLIPModel, GLM4VConfig
 from flax_vlm.processing import ImageProcessor
 
-STEPS, BATCH = 700, 64
 CLASSES = 10 + 1 + 4  # the digits, no digit, the four cells
 
 
@@ -32,7 +33,7 @@ def learn_to_see(
     side = config.vision_config.grid // 2
     cell_of = (np.arange(side)[:, None] * 2 // side * 2 + np.arange(side) * 2 // side).reshape(-1)  # [M]
     line = jax.random.normal(jax.random.key(seed), (config.hidden_size, CLASSES)) * config.hidden_size**-0.5
-    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 2e-3, 50, STEPS), b2=0.98, weight_decay=0.1)
+    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 2e-3, 50, TOWER_STEPS), b2=0.98, weight_decay=0.1)
 
     def loss_of(learnt: Any, images: Any, digits: Any) -> tuple[Any, Any]:
         vectors: Any = tower.apply({"params": learnt[0]}, images)
@@ -53,21 +54,21 @@ def learn_to_see(
     for number, (images, digits) in enumerate(scenes(processor, learning, seed), 1):
         learnt, state, loss, right = step(learnt, state, images, digits)
         if number % 100 == 0:
-            print(f"tower {number}/{STEPS}   loss {loss:.4f}   digits {right:.1%}", flush=True)
+            print(f"tower {number}/{TOWER_STEPS}   loss {loss:.4f}   digits {right:.1%}", flush=True)
     return learnt[0]
 
 
 def scenes(processor: ImageProcessor, learning: pictures.Digits, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of pixels [B, 32, 32, 3] and of the digits in their cells [B, 4], 10 for none."""
     rng = np.random.default_rng(seed)
-    for _ in range(STEPS):
-        drawn = [draw_scene(rng, learning.labels) for _ in range(BATCH)]
-        images = [np.asarray(enlarge(rng, scene.pictures, learning)) for scene in drawn]
-        digits = np.array([scene.digits for scene in drawn])
+    for _ in range(TOWER_STEPS):
+        batch = [draw_scene(rng, learning.labels) for _ in range(TOWER_BATCH)]
+        images = [np.asarray(drawn(rng, scene, learning).convert("RGB")) for scene in batch]
+        digits = np.array([scene.digits for scene in batch])
         yield processor(images), np.where(digits == EMPTY, 10, digits)
 
 
-def enlarge(rng: np.random.Generator, numbers: tuple[int, ...], learning: pictures.Digits) -> Any:
-    """A scene whose digits are turned and shifted a little, in RGB."""
-    cells = [None if i == EMPTY else pictures.turned(rng, learning.images[i], CELL) for i in numbers]
-    return arranged(cells).convert("RGB")
+def drawn(rng: np.random.Generator, scene: Scene, learning: pictures.Digits) -> Image.Image:
+    """A scene whose digits are turned, zoomed, sheared and shifted a little."""
+    numbers = scene.pictures
+    return arranged([None if i == EMPTY else pictures.turned(rng, learning.images[i], CELL) for i in numbers])

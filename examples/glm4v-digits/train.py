@@ -3,9 +3,9 @@
     python examples/glm4v-digits/train.py                  # some minutes on two cores
     python examples/glm4v-digits/train.py --validate 240   # how settings were chosen; writes nothing here
 
-It puts random weights and conversations into build/glm4v-digits, runs recipe.py on them, and writes checkpoint/, with
-its model card, and heldout.npz, the pictures that the model never saw. Any other argument, such as --steps 500, is a
-field of the recipe.
+The image tower learns to see first (tower.py), as that of GLM-4V had. The script puts it, with random weights around
+it, and conversations into build/glm4v-digits, runs recipe.py on them, and writes checkpoint/, with its model card, and
+heldout.npz, the pictures that the model never saw. Any other argument, such as --steps 500, is a field of the recipe.
 """
 
 import argparse
@@ -21,12 +21,14 @@ from vocabulary import make_tokenizer
 
 import flax_vlm
 from flax_vlm import GLM4VConfig, GLM4VForConditionalGeneration, GLM4VVisionConfig, demo
-from flax_vlm.demo.scenes import CELL, EMPTY, arranged, draw_scene, question_about
+from flax_vlm.demo.scenes import CELL, draw_scene, question_about
 from flax_vlm.pretrained import VLM
 from flax_vlm.processing import GLM4VProcessor, Tokenizer
 from flax_vlm.training.data.records import Record
 
 sys.path.append(str(Path(__file__).parents[2]))
+from tower import drawn, learn_to_see
+
 from examples import pictures, training
 
 HERE = Path(__file__).parent
@@ -80,7 +82,13 @@ def main() -> None:
     speeches = demo.read_scene_speeches(HERE)
     tokenizer = make_tokenizer(speeches, 2 * CELL)
     model = GLM4VForConditionalGeneration(make_config(tokenizer))
-    start = VLM(model, training.initial_params(model, SEED), GLM4VProcessor(tokenizer))
+    processor = GLM4VProcessor(tokenizer)
+    params = training.initial_params(model, SEED)
+    assert processor.image_processor is not None
+    params["transformer"]["vision"] = learn_to_see(
+        model.config, params["transformer"]["vision"], processor.image_processor, learning, SEED
+    )
+    start = VLM(model, params, processor)
     training.begin(recipe.FOLDER, start, conversations(speeches, learning))
     trained = training.train(recipe.FOLDER, HERE / "recipe.py", fields)
 
@@ -103,7 +111,6 @@ def conversations(speeches: list[demo.SceneSpeech], learning: pictures.Digits) -
     rng = np.random.default_rng(SEED)
     for _ in range(recipe.CONFIG.steps * recipe.CONFIG.batch_size):
         scene = draw_scene(rng, learning.labels)
-        cells = [None if i == EMPTY else pictures.turned(rng, learning.images[i], CELL) for i in scene.pictures]
         speech = speeches[int(rng.integers(len(speeches)))]
         if rng.random() < 0.5:
             asked = [question_about(rng, speech, "every", scene, 0, 0)]
@@ -116,7 +123,7 @@ def conversations(speeches: list[demo.SceneSpeech], learning: pictures.Digits) -
         for question in asked:
             messages.append({"role": "user", "content": question.text})
             messages.append({"role": "assistant", "content": question.answer})
-        messages[0]["image"] = pictures.png(arranged(cells))
+        messages[0]["image"] = pictures.png(drawn(rng, scene, learning))
         yield {"messages": messages}
 
 
