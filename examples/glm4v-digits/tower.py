@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from PIL import Image
-from recipe import TOWER_BATCH, TOWER_STEPS
+from recipe import TOWER_BATCH
 
 from examples import pictures
 from flax_vlm.demo.scenes import CELL, EMPTY, Scene, arranged, draw_scene
@@ -22,7 +22,7 @@ CLASSES = 10 + 1 + 4  # the digits, no digit, the four cells
 
 
 def learn_to_see(
-    config: GLM4VConfig, params: Any, processor: ImageProcessor, learning: pictures.Digits, seed: int
+    config: GLM4VConfig, params: Any, processor: ImageProcessor, learning: pictures.Digits, steps: int, seed: int
 ) -> Any:
     """Trained parameters of the tower: of each vector a line can tell the digit of its cell, and which cell it is.
 
@@ -33,7 +33,7 @@ def learn_to_see(
     side = config.vision_config.grid // 2
     cell_of = (np.arange(side)[:, None] * 2 // side * 2 + np.arange(side) * 2 // side).reshape(-1)  # [M]
     line = jax.random.normal(jax.random.key(seed), (config.hidden_size, CLASSES)) * config.hidden_size**-0.5
-    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 2e-3, 50, TOWER_STEPS), b2=0.98, weight_decay=0.1)
+    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 2e-3, 50, steps), b2=0.98, weight_decay=0.1)
 
     def loss_of(learnt: Any, images: Any, digits: Any) -> tuple[Any, Any]:
         vectors: Any = tower.apply({"params": learnt[0]}, images)
@@ -51,17 +51,19 @@ def learn_to_see(
 
     learnt = (params, line)
     state = optimizer.init(learnt)
-    for number, (images, digits) in enumerate(scenes(processor, learning, seed), 1):
+    for number, (images, digits) in enumerate(scenes(processor, learning, steps, seed), 1):
         learnt, state, loss, right = step(learnt, state, images, digits)
         if number % 100 == 0:
-            print(f"tower {number}/{TOWER_STEPS}   loss {loss:.4f}   digits {right:.1%}", flush=True)
+            print(f"tower {number}/{steps}   loss {loss:.4f}   digits {right:.1%}", flush=True)
     return learnt[0]
 
 
-def scenes(processor: ImageProcessor, learning: pictures.Digits, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def scenes(
+    processor: ImageProcessor, learning: pictures.Digits, steps: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of pixels [B, 32, 32, 3] and of the digits in their cells [B, 4], 10 for none."""
     rng = np.random.default_rng(seed)
-    for _ in range(TOWER_STEPS):
+    for _ in range(steps):
         batch = [draw_scene(rng, learning.labels) for _ in range(TOWER_BATCH)]
         images = [np.asarray(drawn(rng, scene, learning).convert("RGB")) for scene in batch]
         digits = np.array([scene.digits for scene in batch])

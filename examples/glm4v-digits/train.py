@@ -73,6 +73,7 @@ def make_config(tokenizer: Tokenizer) -> GLM4VConfig:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the GLM-4V of this folder and writes it to checkpoint/.")
     parser.add_argument("--validate", type=int, metavar="N", help="set N training pictures aside and test on them")
+    parser.add_argument("--tower-steps", type=int, default=recipe.TOWER_STEPS, metavar="N", help="of the tower alone")
     options, fields = parser.parse_known_args()
     validate = options.validate
 
@@ -86,7 +87,7 @@ def main() -> None:
     params = training.initial_params(model, SEED)
     assert processor.image_processor is not None
     params["transformer"]["vision"] = learn_to_see(
-        model.config, params["transformer"]["vision"], processor.image_processor, learning, SEED
+        model.config, params["transformer"]["vision"], processor.image_processor, learning, options.tower_steps, SEED
     )
     start = VLM(model, params, processor)
     training.begin(recipe.FOLDER, start, conversations(speeches, learning))
