@@ -17,10 +17,10 @@ TOWER_STEPS, TOWER_BATCH = 700, 64  # of the tower alone, before; see tower.py
 CONFIG = TrainConfig(
     model=str(FOLDER / "start"),
     output=str(FOLDER / "run"),
-    data=DataConfig(paths=(str(FOLDER / "data.array_record"),), format="conversations", max_length=40),
+    data=DataConfig(paths=(str(FOLDER / "data.array_record"),), format="conversations", max_length=64),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, b2=0.98, weight_decay=0.1),
-    steps=800,
-    batch_size=48,
+    steps=900,
+    batch_size=32,
     dtype="float32",
     remat="none",
     scan_layers=False,

@@ -2,7 +2,7 @@
 
 The folders examples/altclip-digits and examples/idefics-digits hold all it needs: the checkpoints, pictures that the
 models never saw, the words and sentences of each language, and fonts. Nothing is downloaded; torch and transformers are
-not used.
+not used. What the GLM-4V of examples/glm4v-digits is asked stands beside it (`scenes`), for its notebook and its tests.
 
 A pictures   L languages
 """
@@ -21,6 +21,7 @@ from flax_vlm.demo.scenes import (
     SceneQuestion,
     SceneSpeech,
     SceneTalk,
+    SceneTask,
     ask_about_held_out,
     ask_about_scenes,
     make_scene_questions,
@@ -39,6 +40,7 @@ __all__ = [
     "SceneQuestion",
     "SceneSpeech",
     "SceneTalk",
+    "SceneTask",
     "Speech",
     "Talk",
     "accuracy_table",
