@@ -38,7 +38,7 @@ viz.use_fonts(Path("../examples/altclip-digits/fonts"))
 vlm = flax_vlm.from_pretrained(EXAMPLE / "checkpoint")
 with np.load(EXAMPLE / "heldout.npz") as held_out:  # the model has seen none of these
     digits, labels = held_out["images"], held_out["labels"]
-english, german, chinese = demo.read_scene_speeches(EXAMPLE)
+(english,) = demo.read_scene_speeches(EXAMPLE)
 
 
 def scene(*four: int, number: int = 0) -> demo.Scene:
@@ -64,7 +64,7 @@ for piece in vlm.generate(**vlm.processor([[picture, "Which digits do you see?"]
 assert "".join(pieces).strip() == "seven, three, zero and five"
 
 # %% [markdown]
-# Questions of several languages and pictures are one batch, padded on the left. One of these cells is empty.
+# Several questions about several pictures are one batch, padded on the left. One of these cells is empty.
 
 
 # %%
@@ -77,14 +77,14 @@ def answers(prompts: list) -> list[str]:
 other = scene(2, EMPTY, 9, 4).draw(digits)
 prompts = [
     [picture, "Which digit is at the top left?"],
-    [picture, "Wo steht die Ziffer drei?"],
-    [picture, "右下角是什么数字？"],
+    [picture, "Where is the three?"],
+    [picture, "Which digit is at the bottom right?"],
     [other, "What is at the top right?"],
 ]
 said = answers(prompts)
 for (_, question), answer in zip(prompts, said, strict=True):
     print(question, "→", answer)
-assert said == ["seven", "oben rechts", "五", "nothing"]
+assert said == ["seven", "top right", "five", "nothing"]
 
 # %% [markdown]
 # A chat keeps what it has read: the second question reads its own few tokens, and the picture is encoded once.

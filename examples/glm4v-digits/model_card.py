@@ -16,15 +16,15 @@ pipeline_tag: image-text-to-text
 
 # GLM-4V digits
 
-A GLM-4V of {size} parameters that answers questions about a picture of up to four handwritten digits in
-{count} languages: which digit is in a corner, where a digit is, and which digits there are. It is an example of
-flax_vlm, small enough to come with it, and of no use beyond that: it knows the questions of `prompts.json` and no
-others, and sees digits in pictures of anything.
+A GLM-4V of {size} parameters that answers questions about a picture of up to four handwritten digits: which digit
+is in a corner, where a digit is, and which digits there are. It is an example of flax_vlm, small enough to come with
+it, and of no use beyond that: it knows the questions of `prompts.json` and no others, and sees digits in pictures of
+anything.
 
 ## How well it answers
 
-{scenes} pictures, each of four cells with held-out digits, one cell in five empty. In each language there are three
-questions about every picture, each alone. Answers are greedy, and right when they are, to the last character.
+{scenes} pictures, each of four cells with held-out digits, one cell in five empty, and three questions about every
+picture, each alone. Answers are greedy, and right when they are, to the last character.
 
 | language | which digit is at the top left? | where is the seven? | which digits do you see? |
 |---|---|---|---|
@@ -40,7 +40,7 @@ questions about every picture, each alone. Answers are greedy, and right when th
   them. The 13 writers are in both parts.
 - **Scenes**: two by two cells of 16 x 16 pixels. The digits are different, and each is missing with a probability of
   one in five. While training, every digit is turned, sheared, zoomed and shifted a little, anew for every scene.
-- **Conversations**: half ask for all digits, half ask two questions about different cells.
+- **Conversations**: one in four asks for all digits, the others ask about the four cells, one after the other.
 
 ## Training
 
@@ -80,7 +80,6 @@ def write(example: Path, talk: SceneTalk) -> None:
     rows = [row(language, cells) for language, cells in talk.scores().items()]
     card = CARD.format(
         codes=", ".join(dict.fromkeys(question.speech.code for question in talk.questions)),
-        count=len(rows),
         size=f"{size / 1e6:.1f} million",
         scenes=len({question.scene for question in talk.questions}),
         rows="\n".join(rows),
