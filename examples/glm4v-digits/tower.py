@@ -29,15 +29,15 @@ def learn_to_see(
     The line (a Dense of 15 outputs) is thrown away.
     """
     tower = EVA2CLIPModel(config)
-    assert config.vision_config is not None
-    side = config.vision_config.grid // 2
+    vision: Any = config.vision_config
+    side = vision.grid // 2
     cell_of = (np.arange(side)[:, None] * 2 // side * 2 + np.arange(side) * 2 // side).reshape(-1)  # [M]
     line = jax.random.normal(jax.random.key(seed), (config.hidden_size, CLASSES)) * config.hidden_size**-0.5
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 2e-3, 50, steps), b2=0.98, weight_decay=0.1)
 
     def loss_of(learnt: Any, images: Any, digits: Any) -> tuple[Any, Any]:
         vectors: Any = tower.apply({"params": learnt[0]}, images)
-        said = config.vision_config.scaling_factor * vectors[:, 1:-1] @ learnt[1]
+        said = vision.scaling_factor * vectors[:, 1:-1] @ learnt[1]
         truth, place = digits[:, cell_of], jnp.broadcast_to(cell_of, said.shape[:2])
         digit = optax.softmax_cross_entropy_with_integer_labels(said[..., :11], truth).mean()
         where = optax.softmax_cross_entropy_with_integer_labels(said[..., 11:], place).mean()

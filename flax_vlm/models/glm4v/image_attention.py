@@ -55,14 +55,13 @@ def _composed(
 ) -> tuple[Array, Array]:
     """`own` and `through_text`, [B, L, I, P]."""
     vision: Any = model.config.vision_config
-    outputs: Any = model.apply(
-        {"params": params}, **inputs, images=images, output_attentions=True, logits_to_keep=1, mutable=[KEPT]
-    )
+    read: dict[str, Any] = {**inputs, "images": images, "output_attentions": True, "logits_to_keep": 1}
+    outputs: Any = model.apply({"params": params}, **read, mutable=[KEPT])
     output, kept = outputs
     layers = unstack_params(kept[KEPT])["transformer"]["vision"]["transformer"]
     tower = [layers[f"layers_{i}"]["attention"]["weights"][0] for i in range(vision.num_hidden_layers)]
     of_slots = _of_slots(output.slots, _merged(rollout(tower), vision), len(inputs["input_ids"]))
-    direct = sum(map(mean_of_heads, output.attentions)) / len(output.attentions)
+    direct = jnp.mean(jnp.stack([mean_of_heads(layer) for layer in output.attentions]), axis=0)
     last = _last_slots(output.slots, inputs["input_ids"].shape[1])
     is_token = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"])) != 0
 
