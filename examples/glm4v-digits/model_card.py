@@ -70,7 +70,7 @@ THUDM/glm-4v-9b, whose own code is not needed to read them here.
 
 Apache-2.0, as the project. The pictures are their authors', under CC BY 4.0.
 """
-TOOK = "It took some minutes on two busy CPU cores."
+TOOK = "It took thirteen minutes on two busy CPU cores."
 
 
 def write(example: Path, talk: SceneTalk) -> None:

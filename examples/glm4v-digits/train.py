@@ -1,6 +1,6 @@
 """Trains a small GLM-4V to answer questions about pictures of four digits, and exports it in PyTorch's layout.
 
-    python examples/glm4v-digits/train.py                  # some minutes on two cores
+    python examples/glm4v-digits/train.py                  # a quarter of an hour on two busy cores
     python examples/glm4v-digits/train.py --validate 240   # how settings were chosen; writes nothing here
 
 The image tower learns to see first (tower.py), as that of GLM-4V had. The script puts it, with random weights around
