@@ -77,21 +77,21 @@ def answers(prompts: list) -> list[str]:
 other = scene(2, EMPTY, 9, 4).draw(digits)
 prompts = [
     [picture, "Which digit is at the top left?"],
-    [picture, "Where is the three?"],
+    [picture, "What is at the top right?"],
     [picture, "Which digit is at the bottom right?"],
     [other, "What is at the top right?"],
 ]
 said = answers(prompts)
 for (_, question), answer in zip(prompts, said, strict=True):
     print(question, "→", answer)
-assert said == ["seven", "top right", "five", "nothing"]
+assert said == ["seven", "three", "five", "nothing"]
 
 # %% [markdown]
 # A chat keeps what it has read: the second question reads its own few tokens, and the picture is encoded once.
 
 # %%
 chat = vlm.chat(length=96, num_images=1)
-print(chat.say("Where is the zero?", images=[picture]))
+print(chat.say("Which digit is at the bottom left?", images=[picture]))
 print(chat.say("Which digit is at the bottom right?"))
 
 # %% [markdown]
