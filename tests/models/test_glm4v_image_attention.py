@@ -108,6 +108,18 @@ def test_slots_have_what_their_own_vectors_have() -> None:
     np.testing.assert_array_equal(of_slots[1], only)
 
 
+def test_without_the_tower_the_patches_of_a_vector_count_alike() -> None:
+    model = make_model()
+    params, inputs = make_params(model), make_inputs()
+    whole = image_attention(model, params, inputs)
+    for ours, alone in zip(whole, image_attention(model, params, inputs, through_tower=False), strict=True):
+        np.testing.assert_allclose(alone.sum((-2, -1)), ours.sum((-2, -1)), atol=1e-5)  # the pictures' shares
+        blocks = alone.reshape(1, 10, 2, 2, 2, 2, 2)
+        np.testing.assert_allclose(blocks, np.broadcast_to(blocks.mean((4, 6), keepdims=True), blocks.shape), atol=1e-6)
+        assert np.ptp(alone[0, -1]) > 1e-3  # but not those of a picture
+        assert np.abs(alone - ours).max() > 1e-3
+
+
 def test_loop_and_scan_agree() -> None:
     model = make_model()
     params, inputs = make_params(model), make_inputs(2)

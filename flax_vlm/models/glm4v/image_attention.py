@@ -25,7 +25,12 @@ from flax_vlm.models.rollout import ImageAttention, mean_of_heads, rollout, shar
 
 
 def image_attention(
-    model: GLM4VForConditionalGeneration, params: Mapping[str, Any], inputs: Mapping[str, Any], sequences: Any = None
+    model: GLM4VForConditionalGeneration,
+    params: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    sequences: Any = None,
+    *,
+    through_tower: bool = True,
 ) -> ImageAttention:
     """The attention of every id, by one forward pass; that of a picture's placeholder is that of its last patch.
 
@@ -34,6 +39,8 @@ def image_attention(
     Args:
       inputs: of the prompts, as the processor makes them, with `images`.
       sequences: prompts and answers, as `generate` returns them.
+      through_tower: follow the tower's attention too. Without it a vector is of its own two by two patches alone: towers
+        gather much in few patches, whatever is asked, and these then outshine where the decoder looks.
 
     Raises:
       ValueError: for inputs without pictures, or sequences that do not go on from them.
@@ -45,13 +52,17 @@ def image_attention(
     given = {name: np.asarray(inputs[name]) for name in names if inputs.get(name) is not None}
     if sequences is not None:
         given = with_answers(given, sequences)
-    composed = jax.device_get(_composed(model, params, jnp.asarray(inputs["images"]), given))
+    composed = jax.device_get(_composed(model, through_tower, params, jnp.asarray(inputs["images"]), given))
     return ImageAttention(*(each.reshape(*each.shape[:-1], vision.grid, vision.grid) for each in composed))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _composed(
-    model: GLM4VForConditionalGeneration, params: Mapping[str, Any], images: Array, inputs: Mapping[str, Array]
+    model: GLM4VForConditionalGeneration,
+    through_tower: bool,
+    params: Mapping[str, Any],
+    images: Array,
+    inputs: Mapping[str, Array],
 ) -> tuple[Array, Array]:
     """`own` and `through_text`, [B, L, I, P]."""
     vision: Any = model.config.vision_config
@@ -60,7 +71,8 @@ def _composed(
     output, kept = outputs
     layers = unstack_params(kept[KEPT])["transformer"]["vision"]["transformer"]
     tower = [layers[f"layers_{i}"]["attention"]["weights"][0] for i in range(vision.num_hidden_layers)]
-    of_slots = _of_slots(output.slots, _merged(rollout(tower), vision), len(inputs["input_ids"]))
+    of_patches = rollout(tower if through_tower else [jnp.zeros_like(tower[0])])  # zeros: as each was
+    of_slots = _of_slots(output.slots, _merged(of_patches, vision), len(inputs["input_ids"]))
     direct = jnp.mean(jnp.stack([mean_of_heads(layer) for layer in output.attentions]), axis=0)
     last = _last_slots(output.slots, inputs["input_ids"].shape[1])
     is_token = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"])) != 0
