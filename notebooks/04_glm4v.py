@@ -204,9 +204,9 @@ viz.overlay(
 )
 
 # %% [markdown]
-# The decoder looks at the cell in question. The tower's maps are another matter: they gather in a few patches of
-# background, the same ones for every question. There the tower keeps what it needs everywhere; the heat says that much
-# attention went to them, not that they hold the digit.
+# The decoder looks at the cell in question. With the tower the maps gather in a few patches of background, the same ones
+# for every question: all patches attend these, so the way back leads there from anywhere. That is how rollout works, and
+# does not say that they hold a digit.
 
 # %% [markdown]
 # One answer may be read from many places, word by word.
@@ -228,9 +228,9 @@ viz.overlay(
 # ## Do the maps tell the truth?
 #
 # Attention shows where information could flow. To know what was used we take things away: one cell of the picture is
-# made black, and we ask again. The first table has the share of each cell in the decoder's map of an answer, on the mean
-# of 40 pictures; the second how often the answer becomes another when that cell is empty. If the maps are right, both
-# are heavy on the diagonal.
+# made black, and we ask again. The first table has the share of each cell in the decoder's own map of an answer, on the
+# mean of 40 pictures; the second how often the answer becomes another when that cell is empty. If the maps are right,
+# both are heavy on the diagonal.
 
 # %%
 inputs = vlm.processor([[image, question] for image in drawn for question in asked])

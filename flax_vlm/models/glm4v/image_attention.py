@@ -39,8 +39,8 @@ def image_attention(
     Args:
       inputs: of the prompts, as the processor makes them, with `images`.
       sequences: prompts and answers, as `generate` returns them.
-      through_tower: follow the tower's attention too. Without it a vector is of its own two by two patches alone: towers
-        gather much in few patches, whatever is asked, and these then outshine where the decoder looks.
+      through_tower: follow the tower's attention too. Without it a vector is of its own two by two patches alone. (A
+        tower may gather much in few patches, whatever is asked, and these outshine where the decoder looks.)
 
     Raises:
       ValueError: for inputs without pictures, or sequences that do not go on from them.
