@@ -204,9 +204,9 @@ viz.overlay(
 )
 
 # %% [markdown]
-# The decoder looks at the cell in question. With the tower the maps gather in a few patches of background, the same ones
-# for every question: all patches attend these, so the way back leads there from anywhere. That is how rollout works, and
-# does not say that they hold a digit.
+# The decoder looks at the cell in question. With the tower the maps gather in a few patches of background, the same
+# ones for every question: many patches attend these, so the way back leads there from anywhere. That does not say
+# that they hold a digit.
 
 # %% [markdown]
 # One answer may be read from many places, word by word.

@@ -85,10 +85,14 @@ def _composed(
 
 
 def _merged(tower: Float[Array, "BI T T"], vision: GLM4VVisionConfig) -> Float[Array, "BI M P"]:
-    """What each vector has of each patch: the mean of the two by two that it was made of."""
+    """Each vector's shares of the patches: the mean of the two by two tokens that it was made of.
+
+    What these have of the class token is of no patch.
+    """
     half = vision.grid // 2
     rows = tower[:, 1:, 1:].reshape(len(tower), half, 2, half, 2, -1)
-    return rows.mean((2, 4)).reshape(len(tower), half * half, -1)
+    taken = rows.mean((2, 4)).reshape(len(tower), half * half, -1)
+    return taken / taken.sum(-1, keepdims=True)
 
 
 def _of_slots(slots: Slots, of_vectors: Float[Array, "BI M P"], batch: int) -> Float[Array, "B S I P"]:
