@@ -15,9 +15,9 @@
 # # GLM-4V: a question about a picture, and where the answer was read
 #
 # A small GLM-4V of this repository answers questions about a picture of four handwritten digits: which is in a corner,
-# where one is, which there are. In this model a picture is words among words. So first we look at its slots and
-# positions, then we follow attention from an answer back to the patches, and at last we test what the maps claim, by
-# taking away what they point at.
+# and which there are. In this model a picture is words among words. So first we look at its slots and positions, then
+# we follow attention from an answer back to the patches, and at last we test what the maps claim, by taking away what
+# they point at.
 #
 # **Needs** a minute on two cores, 1 GB of memory, `pip install flax-vlm[notebooks]`; nothing is downloaded. With a
 # GPU or TPU, `from_pretrained("THUDM/glm-4v-9b")` reads the large model in the same way.
