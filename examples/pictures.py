@@ -42,15 +42,24 @@ def split(digits: Digits, count: int) -> tuple[Digits, Digits]:
 
 def augment(rng: np.random.Generator, image: np.ndarray) -> bytes:
     """A PNG of `image` a little turned, zoomed, sheared and shifted, at the size that the model sees."""
+    return png(turned(rng, image, SIZE))
+
+
+def turned(rng: np.random.Generator, image: np.ndarray, size: int) -> Image.Image:
+    """`image` a little turned, zoomed, sheared and shifted, enlarged to `size`."""
     angle, shear = rng.uniform(-0.25, 0.25), rng.uniform(-0.15, 0.15)
     zoom_x, zoom_y = rng.uniform(0.85, 1.15, 2)
-    shift_x, shift_y = rng.uniform(-SIZE / 10, SIZE / 10, 2)
+    shift_x, shift_y = rng.uniform(-size / 10, size / 10, 2)
     # Where a pixel of the result comes from: around the centre, turned and sheared, then shifted.
     a, b = math.cos(angle) / zoom_x, (math.sin(angle) + shear) / zoom_x
     c, d = -math.sin(angle) / zoom_y, math.cos(angle) / zoom_y
-    middle = SIZE / 2
+    middle = size / 2
     matrix = (a, b, middle - (a + b) * middle + shift_x, c, d, middle - (c + d) * middle + shift_y)
-    large = Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    large = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+    return large.transform(large.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+
+def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    large.transform(large.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR).save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()

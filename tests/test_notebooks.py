@@ -25,7 +25,7 @@ def cells(notebook: Any) -> list[tuple[str, str]]:
 
 
 def test_there_are_some() -> None:
-    assert len(SOURCES) >= 5
+    assert len(SOURCES) >= 6
 
 
 def test_what_is_stored_was_made_by_its_source(source: Path) -> None:

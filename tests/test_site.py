@@ -11,7 +11,7 @@ from tests.markdown import ROOT, blocks
 from tests.test_project import module_of, source_files
 
 DOCS = ROOT / "docs"
-# Commands tell of themselves (--help), and the demo of the two examples.
+# Commands tell of themselves (--help), and the demo of the examples.
 NOT_IN_THE_API = {"flax_vlm.cli", "flax_vlm.demo"}
 INDEX = "index"
 

@@ -2,7 +2,7 @@
 
 The folders examples/altclip-digits and examples/idefics-digits hold all it needs: the checkpoints, pictures that the
 models never saw, the words and sentences of each language, and fonts. Nothing is downloaded; torch and transformers are
-not used.
+not used. What the GLM-4V of examples/glm4v-digits is asked stands beside it (`scenes`), for its notebook and its tests.
 
 A pictures   L languages
 """
@@ -16,6 +16,18 @@ from rich.text import Text
 from flax_vlm.demo.contact_sheet import draw
 from flax_vlm.demo.conversation import converse, talk_table
 from flax_vlm.demo.reading import EXAMPLE_WORD, Language, Reading, read_held_out, read_languages, read_pictures
+from flax_vlm.demo.scenes import (
+    Scene,
+    SceneQuestion,
+    SceneSpeech,
+    SceneTalk,
+    SceneTask,
+    ask_about_held_out,
+    ask_about_scenes,
+    make_scene_questions,
+    read_scene_speeches,
+    scenes_table,
+)
 from flax_vlm.demo.talking import Question, Speech, Talk, ask, ask_held_out, make_questions, read_speeches
 from flax_vlm.demo.terminal import converted, step, thumbnail
 
@@ -24,18 +36,28 @@ __all__ = [
     "Language",
     "Question",
     "Reading",
+    "Scene",
+    "SceneQuestion",
+    "SceneSpeech",
+    "SceneTalk",
+    "SceneTask",
     "Speech",
     "Talk",
     "accuracy_table",
     "ask",
+    "ask_about_held_out",
+    "ask_about_scenes",
     "ask_held_out",
     "make_questions",
+    "make_scene_questions",
     "pictures_table",
     "read_held_out",
     "read_languages",
     "read_pictures",
+    "read_scene_speeches",
     "read_speeches",
     "run",
+    "scenes_table",
     "talk_table",
 ]
 

@@ -43,9 +43,7 @@ class Speech:
 
     def say(self, digits: Sequence[int]) -> str:
         """The digits as an answer names them."""
-        *before, last = (self.words[digit] for digit in digits)
-        between, before_last = self.separators
-        return self.answer.format(before_last.join([between.join(before), last] if before else [last]))
+        return self.answer.format(listed([self.words[digit] for digit in digits], self.separators))
 
     def heard(self, answer: str) -> list[str]:
         """The words of an answer."""
@@ -105,6 +103,13 @@ class Talk:
                 names += [name == word for name, word in zip_longest(expected, speech.heard(answer)) if name]
         found = {"pictures named": names, "whole lists": answers["naming"], "larger digits": answers["larger"]}
         return {what: (sum(right), len(right)) for what, right in found.items()}
+
+
+def listed(words: Sequence[str], separators: tuple[str, str]) -> str:
+    """One, two and three: what stands between words, and before the last of them."""
+    *before, last = words
+    between, before_last = separators
+    return before_last.join([between.join(before), last] if before else [last])
 
 
 def read_speeches(example: Path) -> list[Speech]:

@@ -1,4 +1,4 @@
-"""What the tests of both examples need."""
+"""What the tests of the examples need."""
 
 from collections.abc import Iterator
 

@@ -13,7 +13,8 @@ from flax_vlm import IdeficsConfig, IdeficsForVisionText2Text, IdeficsPerceiverC
 from flax_vlm.layers.kept_weights import KEPT
 from flax_vlm.layers.perceiver import PerceiverResampler
 from flax_vlm.layers.stack import stack_params
-from flax_vlm.models.idefics.image_attention import _resampled, _rollout, image_attention
+from flax_vlm.models.idefics.image_attention import _resampled, image_attention
+from flax_vlm.models.rollout import rollout
 
 # One token without a picture, two that see the first of two, one that sees the second.
 SEES = np.array([[[0, 0], [1, 0], [1, 0], [0, 1]]])
@@ -87,9 +88,9 @@ def test_it_goes_where_attention_goes() -> None:
     kept = {f"blocks_{block}": {"attn": {"weights": (jnp.asarray(of_one),)}} for block in range(2)}
     np.testing.assert_allclose(_resampled(kept, config)[0], np.eye(5)[[2] * 3], atol=1e-6)
     to_themselves = jnp.broadcast_to(jnp.eye(5), (1, 2, 5, 5))
-    np.testing.assert_allclose(_rollout([to_themselves] * 3), np.eye(5)[None], atol=1e-6)
+    np.testing.assert_allclose(rollout([to_themselves] * 3), np.eye(5)[None], atol=1e-6)
     to_the_first = jnp.zeros((1, 2, 5, 5)).at[..., 0].set(1)
-    np.testing.assert_allclose(_rollout([to_themselves, to_the_first])[0, 3], [0.5, 0, 0, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(rollout([to_themselves, to_the_first])[0, 3], [0.5, 0, 0, 0.5, 0], atol=1e-6)
 
 
 def test_loop_and_scan_agree() -> None:

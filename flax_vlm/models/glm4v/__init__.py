@@ -1,6 +1,7 @@
 """GLM-4V-9B: a picture and text to text."""
 
 from flax_vlm.models.glm4v.config import GLM4VConfig, GLM4VVisionConfig
+from flax_vlm.models.glm4v.image_attention import image_attention
 from flax_vlm.models.glm4v.model import (
     GLM4VCausalLMOutput,
     GLM4VForCausalLM,
@@ -9,6 +10,7 @@ from flax_vlm.models.glm4v.model import (
     GLM4VOutput,
 )
 from flax_vlm.models.glm4v.vision import EVA2CLIPModel
+from flax_vlm.models.rollout import ImageAttention
 
 __all__ = [
     "EVA2CLIPModel",
@@ -19,4 +21,6 @@ __all__ = [
     "GLM4VModel",
     "GLM4VOutput",
     "GLM4VVisionConfig",
+    "ImageAttention",
+    "image_attention",
 ]

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from flax_vlm.layers import kept_weights
 from flax_vlm.layers.attention import attend
 from flax_vlm.layers.feed_forward import MLP, activation
 from flax_vlm.layers.linear import Dense, partitioned
@@ -63,7 +64,14 @@ class EVA2CLIPAttention(Block):
         query, key, value = (
             dense(kernel_axes=("embed", "heads"), name=f"{name}_proj")(hidden_states).reshape(shape) for name in "qkv"
         )
-        attended, _ = attend(query, key, value, implementation=self.attention_implementation)
+        attended, weights = attend(
+            query,
+            key,
+            value,
+            return_weights=kept_weights.are_wanted(self),
+            implementation=self.attention_implementation,
+        )
+        kept_weights.keep(self, weights)
         out = dense(kernel_axes=("heads", "embed"), name="dense")(attended.reshape(hidden_states.shape))
         return nn.Dropout(config.dropout_prob)(out, deterministic)
 

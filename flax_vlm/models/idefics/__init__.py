@@ -2,7 +2,7 @@
 
 from flax_vlm.models.idefics.config import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
 from flax_vlm.models.idefics.freezing import trainable
-from flax_vlm.models.idefics.image_attention import ImageAttention, image_attention
+from flax_vlm.models.idefics.image_attention import image_attention
 from flax_vlm.models.idefics.model import (
     IdeficsCausalLMOutput,
     IdeficsForVisionText2Text,
@@ -11,6 +11,7 @@ from flax_vlm.models.idefics.model import (
     IdeficsPerceiverResampler,
     IdeficsVisionModel,
 )
+from flax_vlm.models.rollout import ImageAttention
 
 __all__ = [
     "IdeficsCausalLMOutput",
