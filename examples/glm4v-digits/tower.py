@@ -33,7 +33,8 @@ def learn_to_see(
     side = vision.grid // 2
     cell_of = (np.arange(side)[:, None] * 2 // side * 2 + np.arange(side) * 2 // side).reshape(-1)  # [M]
     line = jax.random.normal(jax.random.key(seed), (config.hidden_size, CLASSES)) * config.hidden_size**-0.5
-    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 2e-3, 50, steps), b2=0.98, weight_decay=0.1)
+    schedule = optax.warmup_cosine_decay_schedule(0, 2e-3, min(50, steps // 2), steps)
+    optimizer = optax.adamw(schedule, b2=0.98, weight_decay=0.1)
 
     def loss_of(learnt: Any, images: Any, digits: Any) -> tuple[Any, Any]:
         vectors: Any = tower.apply({"params": learnt[0]}, images)
