@@ -167,6 +167,7 @@ def test_an_interrupt_ends_the_step_and_leaves_nothing_behind(tiny, monkeypatch,
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(contest, "_steps", steps)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell starts in the background has not
     watcher = threading.Thread(target=interrupt, daemon=True)
     watcher.start()
     with pytest.raises(KeyboardInterrupt):

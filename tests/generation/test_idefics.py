@@ -85,8 +85,9 @@ def assert_same(inputs: Mapping[str, Any] = INPUTS, **options: Any) -> tuple[Gen
 def test_greedy() -> None:
     out, _ = assert_same()
     assert len(set(out.lengths.tolist())) > 2
-    out, _ = assert_same(eos_token_id=[VOCABULARY - 1] * 3, min_new_tokens=NEW)
-    assert (out.lengths == NEW).all()
+    # The 19th id of row 1 is a tie: its score is 2e-7 of their RMS above the next, and rounding decides.
+    out, _ = assert_same(eos_token_id=[VOCABULARY - 1] * 3, min_new_tokens=NEW - 2, max_new_tokens=NEW - 2)
+    assert (out.lengths == NEW - 2).all()
     assert (out.sequences[:, WIDTH:] >= CONFIG.vocab_size).any(), "none of the additional vocabulary"
     assert len(np.unique(out.sequences[:, WIDTH:])) > 20
     out, _ = assert_same(min_new_tokens=9)
