@@ -70,8 +70,8 @@ THUDM/glm-4v-9b, whose own code is not needed to read them here.
 Apache-2.0, as the project. The pictures are their authors', under CC BY 4.0.
 """
 TOOK = """The tower's weights and the
-others come from two runs, thirteen minutes together on two busy CPU cores; the script, which does both in one, was not run
-from its start to its end."""
+others come from two runs, thirteen minutes together on two busy CPU cores; the script, which does both in one, was not
+run from its start to its end."""
 
 
 def write(example: Path, talk: SceneTalk) -> None:
