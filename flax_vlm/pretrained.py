@@ -294,7 +294,8 @@ def from_pretrained(
       model_options: further attributes of the module: `remat`, `attention_implementation` ...
 
     Raises:
-      ValueError: (ConversionError for PyTorch files) when files, config and model do not fit together.
+      ValueError: (ConversionError for PyTorch files) when files, config and model do not fit together; for another
+        `quantize`; for float64 where JAX has it off.
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r}: expected 'int8' or None")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.markdown import ROOT, blocks
-from tests.test_project import module_of, source_files
+from tests.test_project import PROJECT, module_of, source_files
 
 DOCS = ROOT / "docs"
 # Commands tell of themselves (--help), and the demo of the examples.
@@ -40,6 +40,14 @@ def test_every_public_module_is_in_the_api() -> None:
     text = "".join(page.read_text("utf-8") for page in (DOCS / "api").glob("*.md"))
     documented = re.findall(r"^\.\. automodule:: (\S+)$", text, re.MULTILINE)
     assert sorted(documented) == sorted(public)
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    rows = [
+        line for line in (DOCS / INDEX).with_suffix(".md").read_text("utf-8").splitlines() if line.startswith("| `")
+    ]
+    named = {extra for row in rows for extra in re.findall(r"`([a-z]+)`", row.split("|")[1])}
+    assert named == set(PROJECT["project"]["optional-dependencies"])
 
 
 @pytest.mark.slow
