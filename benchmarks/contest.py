@@ -99,11 +99,11 @@ class Contestant:
         if not answer["finite"]:
             raise RuntimeError("its output is not finite")
 
-    def turn(self, seconds: float) -> tuple[list[float], float | None]:
-        """The seconds of each run in a turn, and the share of the processors that others had meanwhile."""
+    def turn(self, seconds: float, uncounted: int) -> tuple[list[float], float | None]:
+        """The seconds of each counted run in a turn, and the share of the processors that others had meanwhile."""
         watch = Watch(self._process.pid)
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.write(f"{seconds} {uncounted}\n")
         answer = self._answer()
         self.result.peak_bytes = answer["peak_bytes"]
         return answer["seconds"], watch.others()
@@ -154,11 +154,12 @@ def _alternate(case: Case, contestants: list[Contestant], plan: Plan) -> None:
     """Round after round, until enough of them were undisturbed."""
     kept, lost = 0, 0.0
     seconds = plan.turn_seconds if plan.quick else max(plan.turn_seconds, case.turn_seconds)
+    uncounted = int(case.turn_seconds > 0)
     while kept < plan.rounds and contestants:
         if not plan.allow_busy:
             wait_until_idle(plan.patience)
         start = time.monotonic()
-        turns = [contestant.turn(seconds) for contestant in contestants]
+        turns = [contestant.turn(seconds, uncounted) for contestant in contestants]
         others = max(share or 0.0 for _, share in turns)
         if others > BUSY and not plan.allow_busy:
             lost += time.monotonic() - start

@@ -1,7 +1,8 @@
 """One contestant in its own process: `python -m benchmarks.worker MODULE TITLE CONTESTANT QUICK`.
 
-It prepares its work, runs it once, and then for every line on stdin, holding a number of seconds, runs it as often as
-fits into them, at least once. Each answer is one line of JSON on stdout; it ends with its stdin.
+It prepares its work, runs it once, and then for every line on stdin, holding a number of seconds and how many runs
+not to count before them, runs it as often as fits into the seconds, at least once. Each answer is one line of JSON on
+stdout; it ends with its stdin.
 """
 
 import json
@@ -36,10 +37,13 @@ def main(module: str, title: str, contestant: str, quick: str) -> None:
     answer(first_call_seconds=first_call, shape=array.shape, finite=bool(np.isfinite(array).all()))
 
     for line in sys.stdin:
-        answer(seconds=_turn(work, float(line)), peak_bytes=device.peak_bytes())
+        seconds, uncounted = line.split()
+        answer(seconds=_turn(work, float(seconds), int(uncounted)), peak_bytes=device.peak_bytes())
 
 
-def _turn(work: Work, seconds: float) -> list[float]:
+def _turn(work: Work, seconds: float, uncounted: int) -> list[float]:
+    for _ in range(uncounted):
+        work.run()
     times = []
     while not times or sum(times) + times[-1] <= seconds:
         start = time.perf_counter()

@@ -41,7 +41,9 @@ class Case(NamedTuple):
     title: str
     contestants: Mapping[str, Callable[[], Work]]
     environments: Mapping[str, Mapping[str, str]] = {}  # what is added to that of a contestant's process
-    turn_seconds: float = 0  # a turn lasts at least so long, where work is never done just once
+    # Where work is never done just once: a turn lasts at least so long, after a first run that is not counted, which
+    # finds that the system has given the memory between two runs to others.
+    turn_seconds: float = 0
 
 
 def cases(module: str, quick: bool) -> list[Case]:
