@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from flax_vlm.layers.linear import Dense, Initializer, wide
+from flax_vlm.layers.linear import Dense, Initializer, kept_by_input, wide
 from flax_vlm.layers.partitioning import INNER, constrain
 
 Activation: TypeAlias = Callable[[Float[Array, "*B"]], Float[Array, "*B"]]
@@ -52,13 +52,15 @@ _ACTIVATIONS: dict[str, Activation] = {
 def activation(name: str) -> Activation:
     """The activation that checkpoints call `name`, computed in at least float32 and returned in the input's dtype.
 
+    For the backward pass it keeps its input alone, and computes the rest again.
+
     Raises:
       ValueError: for a name that is not known; nothing is substituted.
     """
     if name not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(sorted(_ACTIVATIONS))}")
     function = _ACTIVATIONS[name]
-    return lambda x: function(x.astype(wide(x.dtype))).astype(x.dtype)
+    return kept_by_input(lambda x: function(x.astype(wide(x.dtype))).astype(x.dtype))
 
 
 class MLP(nn.Module):

@@ -24,6 +24,8 @@ from flax_vlm.layers.quantized import Quantized
 
 Initializer: TypeAlias = Any  # (key, shape, dtype) -> array; linen has no public name for it
 PRODUCT = "product"  # of what `matmul` gives: by this name `layers.stack` keeps it for the backward pass
+# Of a function that is cheap to compute again: the backward pass keeps what goes in, and nothing in between.
+kept_by_input = partial(jax.checkpoint, prevent_cse=False)
 Axes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # of the one side and of the other
 
 

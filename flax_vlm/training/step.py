@@ -24,6 +24,8 @@ from flax_vlm.training.patterns import Patterns, first_match
 
 Batch: TypeAlias = Mapping[str, Any]
 MEMORY = 0.99  # how much of the average gradient norm stays from one step to the next
+# Of the compiler. Without this one XLA's CPU code copies the optimizer's slots whole before it updates them in place.
+_OPTIONS = {"cpu": {"xla_cpu_copy_insertion_use_region_analysis": True}}
 
 
 class TrainState(struct.PyTreeNode):
@@ -183,7 +185,11 @@ def compiled_step(step: Step, shardings: TrainState | None = None) -> Step:
     Args:
       shardings: from `state_shardings`, to hold the state to them. Mesh and rules are in effect where it is called.
     """
-    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    if shardings is None:
+        platform, out_shardings = jax.default_backend(), None
+    else:
+        platform, out_shardings = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform, (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings, compiler_options=_OPTIONS.get(platform))
 
 
 def state_shardings(state: TrainState, shardings: Mapping[str, Any]) -> TrainState:
