@@ -58,7 +58,8 @@ def test_recomputation_changes_no_gradient(x64: None) -> None:
         def total(params: Any) -> jax.Array:
             return (layer.clone(remat=remat).apply(params, jnp.asarray(CONTEXT)) ** 2).sum()
 
-        steps = jax.make_jaxpr(total)(params).eqns  # norms and activations are computed again always, without prevent_cse
+        # Norms and activations, which are computed again always, are without prevent_cse.
+        steps = jax.make_jaxpr(total)(params).eqns
         assert sum(step.params.get("prevent_cse", False) for step in steps) == RECOMPUTED[remat]
         return flatten_params(jax.jit(jax.grad(total))(params))
 
