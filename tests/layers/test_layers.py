@@ -39,6 +39,18 @@ def test_bfloat16_products_add_up_in_float32_and_round_once() -> None:
     assert "(tensor<4x4096xbf16>, tensor<4096x8xbf16>) -> tensor<4x8xf32>" in text
 
 
+@pytest.mark.parametrize("layer", [LayerNorm(), RMSNorm(), activation("quick_gelu"), activation("gelu_new")], ids=str)
+def test_the_backward_pass_keeps_what_goes_in_alone(layer: Any) -> None:
+    x = jnp.asarray(RNG.standard_normal((3, 64)), jnp.bfloat16)
+
+    def function(x: jax.Array) -> jax.Array:
+        return layer.bind({"params": scales})(x) if isinstance(layer, nn.Module) else layer(x)
+
+    scales = {name: jnp.ones(64, jnp.bfloat16) for name in ("scale", "bias")}
+    kept = [leaf for leaf in jax.tree.leaves(jax.vjp(function, x)[1]) if leaf.size >= x.size]
+    assert [leaf.dtype for leaf in kept] == [jnp.bfloat16]
+
+
 GELUS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python", "quick_gelu")
 OTHERS = ("relu", "relu2", "relu6", "leaky_relu", "silu", "swish", "mish", "tanh", "sigmoid", "linear")
 
