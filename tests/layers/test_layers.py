@@ -39,7 +39,11 @@ def test_bfloat16_products_add_up_in_float32_and_round_once() -> None:
     assert "(tensor<4x4096xbf16>, tensor<4096x8xbf16>) -> tensor<4x8xf32>" in text
 
 
-@pytest.mark.parametrize("layer", [LayerNorm(), RMSNorm(), activation("quick_gelu"), activation("gelu_new")], ids=str)
+@pytest.mark.parametrize(
+    "layer",
+    [LayerNorm(), RMSNorm(), activation("quick_gelu"), activation("gelu_new")],
+    ids=["LayerNorm", "RMSNorm", "quick_gelu", "gelu_new"],
+)
 def test_the_backward_pass_keeps_what_goes_in_alone(layer: Any) -> None:
     x = jnp.asarray(RNG.standard_normal((3, 64)), jnp.bfloat16)
 
