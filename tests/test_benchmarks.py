@@ -99,7 +99,7 @@ def test_disturbed_rounds_are_thrown_away(monkeypatch):
         def __init__(self, name: str):
             self.result = Result(name)
 
-        def turn(self, seconds: float) -> tuple[list[float], float]:
+        def turn(self, seconds: float, uncounted: int) -> tuple[list[float], float]:
             share = next(shares)
             return [share], share
 
