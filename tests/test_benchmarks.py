@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import cases, contest, device, machine, report
+from benchmarks import cases, contest, device, machine, report, worker
 from benchmarks.contest import Plan, Result
 
 SPIN = "import time\nwhile time.process_time() < 0.6: pass\nprint('spun', flush=True)\ninput()"
@@ -128,6 +128,12 @@ def test_a_contestant_that_fails_is_named_in_the_table():
     assert failed.error == "StopIteration"
     rows = [("a case", [result("flax_vlm", [1.0]), failed])]
     assert "failed: StopIteration" in report.as_markdown(machine.describe(), Plan(), rows)
+
+
+def test_runs_before_a_turn_are_not_counted():
+    runs = []
+    times = worker._turn(cases.Work(run=lambda: runs.append(1), as_numpy=np.asarray), 0.0, 2)
+    assert (len(times), len(runs)) == (1, 3)
 
 
 def test_the_table():
