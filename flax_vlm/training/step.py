@@ -182,7 +182,7 @@ def make_step(
 def compiled_step(step: Step, shardings: TrainState | None = None) -> Step:
     """`step` compiled, the state that goes in giving its memory to the one that comes out.
 
-    On a CPU it has compiler options of its own, so that JAX refuses to trace it inside of another function (ValueError).
+    On a CPU it has compiler options of its own, so JAX refuses to trace it inside another function (ValueError).
 
     Args:
       shardings: from `state_shardings`, to hold the state to them. Mesh and rules are in effect where it is called.
