@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from flax_vlm.array_files import Index, plain, read_slice
+from flax_vlm.array_files import Index, empty, plain, read_slice
 
 from .errors import ConversionError, Faults
 
@@ -224,7 +224,7 @@ class _Safetensors:
 
     def read(self, name: str, index: Index) -> np.ndarray:
         info = self.tensors[name]
-        array = np.empty([part.stop - part.start for part in index], info.dtype)
+        array = empty([part.stop - part.start for part in index], info.dtype)
         try:
             read_slice(self._descriptor, self._starts[name], info.shape, index, array)
         except EOFError as error:

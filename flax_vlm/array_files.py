@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 BLOCK = 8 << 20  # bytes: what one step of a stream holds
 CHUNK = 8 << 20  # bytes: the largest file of an array, unless one row of it is larger
 PIECE = 512 << 10  # bytes: rows that stay in a core's cache while some of their columns are taken out
+ALIGNED = 64  # bytes: what starts at a multiple of it, XLA takes on a CPU as it is, without a copy
 
 Index = tuple[slice, ...]  # one slice an axis, of step 1
 
@@ -78,8 +79,7 @@ class ArrayFiles:
         index = plain(index, info.shape)
         store = None if path in self._bare else self._store(path)
         with _reading(folder):
-            # numpy asks for large pages, tensorstore does not
-            array = np.empty([part.stop - part.start for part in index], info.dtype)
+            array = empty([part.stop - part.start for part in index], info.dtype)
             if store is None:
                 _read_chunks(folder, info, index, array)
             else:
@@ -153,6 +153,14 @@ def plain(index: Index | None, shape: tuple[int, ...]) -> Index:
     if any(step != 1 for _, _, step in bounds):
         raise ValueError(f"slices of step 1 are read, {index} was asked for; take every n-th after reading")
     return tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
+
+
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """As numpy's, but so placed that JAX on a CPU takes it over as it is, in large pages where the system has them."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    room = np.empty(nbytes + ALIGNED, np.uint8)
+    start = -room.ctypes.data % ALIGNED
+    return room[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def read_slice(file: int, start: int, shape: tuple[int, ...], index: Index, out: np.ndarray) -> None:

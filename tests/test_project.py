@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "layers": set(),
     "models": {"layers"},
     "processing": set(),
-    "parallel": set(),
+    "parallel": {"array_files"},
     "array_files": {"layers"},
     "whole_folder": set(),
     "checkpoint": {"array_files"},

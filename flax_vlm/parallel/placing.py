@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from flax_vlm.array_files import empty
+
 WORKERS = 4
 
 
@@ -38,8 +40,7 @@ def place(
             index = index or ()
             key = tuple((part.start, part.stop) for part in index)
             if key not in pieces:
-                array = read(name, index)
-                pieces[key] = array.astype(to, copy=False) if to is not None and is_float(array) else array
+                pieces[key] = _cast(read(name, index), to)
             return pieces[key]
 
         array = jax.make_array_from_callback(shapes[name], shardings[name], piece)
@@ -51,6 +52,16 @@ def place(
             placed[name] = array
             tell(name)
     return placed
+
+
+def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
+    if dtype is None or array.dtype == dtype or not is_float(array):
+        return array
+    if not array.flags.c_contiguous:
+        return array.astype(dtype)  # as it lies: XLA transposes faster
+    out = empty(array.shape, np.dtype(dtype))
+    out[...] = array
+    return out
 
 
 def is_float(array: np.ndarray) -> bool:

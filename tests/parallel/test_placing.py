@@ -1,6 +1,7 @@
 """Arrays onto devices: each slice is read once, in one process and in several; other meshes are tested beside."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from flax_vlm import convert, parallel
+from flax_vlm import checkpoint, convert, parallel
+from flax_vlm.convert.torch_files import TorchFiles
 from tests.convert import test_idefics_files
 from tests.convert.test_port import write_hf
 from tests.parallel.processes import free_address, run
@@ -42,6 +44,25 @@ def test_arrays_on_one_device() -> None:
         "empty": "float16",
         "half": "float16",
     }
+
+
+@pytest.mark.parametrize("cast", [None, np.float16])
+@pytest.mark.parametrize("layout", ["hf", "native"])
+def test_what_was_read_becomes_the_array_without_a_copy(layout: str, cast: Any, folder: Path) -> None:
+    files = TorchFiles.open(folder / layout) if layout == "hf" else checkpoint.open_params(folder / layout)
+    held: dict[str, np.ndarray] = {}
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        held[name] = files.read(name, index)
+        return held[name]
+
+    shapes = {name: info.shape for name, info in files.tensors.items()}
+    device = SingleDeviceSharding(jax.devices("cpu")[0])
+    placed = parallel.place(shapes, dict.fromkeys(shapes, device), read, cast)
+    taken = [placed[name].unsafe_buffer_pointer() == array.ctypes.data for name, array in held.items()]
+    assert not any(taken) if cast else all(taken)
+    for name, array in held.items():
+        assert np.asarray(placed[name]).tobytes() == array.astype(cast or array.dtype).tobytes()
 
 
 def test_an_error_of_one_read_is_raised() -> None:
