@@ -23,7 +23,7 @@ from flax_vlm.layers.param_tree import is_float
 from flax_vlm.whole_folder import Draft
 
 GROUP = 256 << 20  # bytes between two notes in the journal: what a kill costs, about
-WORKERS = 4  # more than a small machine has cores: some of them wait for the disk
+WORKERS = 3  # more than a small machine has cores: some of them wait for the disk
 PIECE = 512 << 10  # bytes that stay in a core's cache while they are hashed and looked through
 
 
