@@ -19,6 +19,8 @@ from flax_vlm.layers.param_tree import flatten_params, unflatten_params
 
 LARGEST = 127  # -128 is left out, so that zero is in the middle
 BLOCK = 256  # rows of weights that a CPU widens at a time: they stay in its cache
+UNROLLED = 32  # rows of weights that it adds up in one pass, for few inputs: they stay in its registers
+FEW = 2  # inputs
 
 
 class Quantized(struct.PyTreeNode):
@@ -54,7 +56,8 @@ def quantize(weights: Float[Array, "D F"], axis: int) -> Quantized:
 def product(inputs: Float[Array, "*B D"], kernel: Quantized) -> Float[Array, "*B F"]:
     """`inputs @ kernel`, the sums in float32 at least, in which it gives them."""
     rows = inputs.reshape(-1, inputs.shape[-1])
-    out = lax.platform_dependent(rows, kernel.values, cpu=_in_blocks, default=_widened)
+    on_cpu = _in_registers if len(rows) <= FEW else _in_blocks
+    out = lax.platform_dependent(rows, kernel.values, cpu=on_cpu, default=_widened)
     return (out * kernel.scale).reshape(*inputs.shape[:-1], -1)
 
 
@@ -65,8 +68,6 @@ def _widened(rows: Float[Array, "B D"], values: Int8[Array, "D F"]) -> Float[Arr
 
 def _in_blocks(rows: Float[Array, "B D"], values: Int8[Array, "D F"]) -> Float[Array, "B F"]:
     """Block by block of D: to write a widened copy of the weights would take longer than to read them."""
-    if len(rows) == 1:
-        rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))  # what a CPU multiplies one row by fastest
     blocks, width = divmod(len(values), BLOCK)
 
     def add(block: Any, total: Float[Array, "B F"]) -> Float[Array, "B F"]:
@@ -75,6 +76,22 @@ def _in_blocks(rows: Float[Array, "B D"], values: Int8[Array, "D F"]) -> Float[A
 
     rest = _widened(rows[:, len(values) - width :], values[len(values) - width :])
     return lax.fori_loop(0, blocks, add, rest) if blocks else rest
+
+
+def _in_registers(rows: Float[Array, "B D"], values: Int8[Array, "D F"]) -> Float[Array, "B F"]:
+    """As a sum that XLA makes one loop of: weights are widened where they are multiplied, and stored nowhere."""
+    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    passes, rest = divmod(len(values), UNROLLED)
+
+    def add(start: Any, count: int, total: Float[Array, "B F"]) -> Float[Array, "B F"]:
+        ours = lax.dynamic_slice_in_dim(rows, start, count, 1)
+        for i in range(count):
+            weights = lax.dynamic_index_in_dim(values, start + i, 0)
+            total += ours[:, i : i + 1] * weights.astype(rows.dtype)
+        return total
+
+    total = add(passes * UNROLLED, rest, jnp.zeros((len(rows), values.shape[1]), rows.dtype))
+    return lax.fori_loop(0, passes, lambda i, total: add(i * UNROLLED, UNROLLED, total), total) if passes else total
 
 
 def summed_axis(path: str, shape: tuple[int, ...]) -> int | None:

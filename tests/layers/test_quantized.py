@@ -1,5 +1,6 @@
 """Weights in eight bits: what they stand for, and that every layer takes them as it takes floats."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from flax_vlm.layers.decoupled import DecoupledEmbed, DecoupledHead
 from flax_vlm.layers.embed import Embed
 from flax_vlm.layers.linear import Dense, matmul
 from flax_vlm.layers.param_tree import flatten_params
-from flax_vlm.layers.quantized import BLOCK, Quantized, is_quantized, quantize, quantize_params
+from flax_vlm.layers.quantized import BLOCK, UNROLLED, Quantized, is_quantized, quantize, quantize_params
 from flax_vlm.layers.stack import stack_params, unstack_params
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
 
@@ -44,7 +45,7 @@ def test_the_nearest_of_255_values(axis: int, x64: None) -> None:
 
 
 @pytest.mark.parametrize("width", [7, BLOCK, 2 * BLOCK + 13])
-@pytest.mark.parametrize("rows", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (2, 3)])
 def test_a_product(rows: tuple[int, ...], width: int, x64: None) -> None:
     kernel, inputs, bias = quantize(array(width, FEATURES), 0), array(*rows, width), array(FEATURES)
     expected = np.asarray(inputs) @ floats(kernel) + bias
@@ -58,14 +59,17 @@ def test_a_product(rows: tuple[int, ...], width: int, x64: None) -> None:
     np.testing.assert_allclose(np.asarray(summed, np.float64), exact, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [3, UNROLLED + 3, BLOCK + 9])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("on_cpu", [quantized._in_registers, quantized._in_blocks])
+def test_on_all_devices_the_product_is_one(on_cpu: Callable[..., Any], rows: int, width: int, x64: None) -> None:
+    values, inputs = quantize(array(width, FEATURES), 0).values, array(rows, width)
+    assert_close(on_cpu(inputs, values), quantized._widened(inputs, values), FLOAT64)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
-def test_on_all_devices_the_product_is_one(rows: int, x64: None) -> None:
-    values, inputs = quantize(array(BLOCK + 9, FEATURES), 0).values, array(rows, BLOCK + 9)
-    assert_close(quantized._in_blocks(inputs, values), quantized._widened(inputs, values), FLOAT64)
-
-
-def test_gradients_go_through_to_the_inputs(x64: None) -> None:
-    kernel, inputs = quantize(array(BLOCK + 9, FEATURES), 0), array(3, BLOCK + 9)
+def test_gradients_go_through_to_the_inputs(rows: int, x64: None) -> None:
+    kernel, inputs = quantize(array(BLOCK + 9, FEATURES), 0), array(rows, BLOCK + 9)
     found = jax.grad(lambda inputs: jnp.square(matmul(inputs, kernel)).sum())(inputs)
     assert_close(found, 2 * (np.asarray(inputs) @ floats(kernel)) @ floats(kernel).T, FLOAT64)
 
