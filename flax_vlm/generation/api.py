@@ -19,6 +19,7 @@ from flax_vlm.generation.config import GenerationConfig
 from flax_vlm.generation.loop import begin, conclude, decode, prefill, repeat
 from flax_vlm.generation.request import Request, bucket_length, make_request
 from flax_vlm.generation.state import Decoding, State
+from flax_vlm.layers.few_rows import for_few_rows
 from flax_vlm.layers.kv_cache import KVCache
 from flax_vlm.processing import TextStream
 
@@ -184,7 +185,7 @@ def compile_ahead(
     """Compiles all that `generate` and `stream` will run for inputs of these shapes, by running it for one token."""
     request = make_request(model, inputs, config, tokenizer, cache)
     state = begin_request(model, params, request)
-    state = decode(model, request.plan, params, request.options, state, np.int32(min(1, request.limit)))
+    state = _decode(model, params, request, state, min(1, request.limit))
     if isinstance(state, Decoding) and not request.gives_cache:
         state = conclude(request.plan, request.options, state)
     jax.block_until_ready(state.logits)
@@ -209,10 +210,15 @@ def go_on(model: Any, params: Any, request: Request, state: Any, until: int) -> 
     """The state when so many tokens are new; what nobody goes on from is not asked for behind the last of them."""
     asked = until if (request.gives_cache or request.config.num_beams > 1) else min(until, request.limit - 1)
     if int(state.step) < asked:
-        state = decode(model, request.plan, params, request.options, state, np.int32(asked))
+        state = _decode(model, params, request, state, asked)
     if asked < until and not state.done.all():
         state = conclude(request.plan, request.options, state)
     return state
+
+
+def _decode(model: Any, params: Any, request: Request, state: Any, until: int) -> Any:
+    params = for_few_rows(params, len(state.logits))
+    return decode(model, request.plan, params, request.options, state, np.int32(until))
 
 
 def _answers(state: State) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from flax_vlm.layers import quantized
+from flax_vlm.layers.few_rows import FEW, Bits
 from flax_vlm.layers.quantized import Quantized
 
 Initializer: TypeAlias = Any  # (key, shape, dtype) -> array; linen has no public name for it
@@ -34,19 +35,25 @@ def wide(dtype: Dtype) -> Dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def compute_dtype(*operands: Array | Quantized | None, dtype: Dtype | None) -> Dtype:
-    """`dtype`, or where it is None the promoted dtype of the operands, of which those in eight bits have no say."""
-    return canonicalize_dtype(*(each for each in operands if not isinstance(each, Quantized)), dtype=dtype)
+def compute_dtype(*operands: Array | Quantized | Bits | None, dtype: Dtype | None) -> Dtype:
+    """`dtype`, or where it is None the promoted dtype of the operands, of which whole numbers have no say."""
+    return canonicalize_dtype(*(each for each in operands if not isinstance(each, Quantized | Bits)), dtype=dtype)
 
 
 def matmul(
-    inputs: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized, bias: Float[Array, " F"] | None = None
+    inputs: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized | Bits, bias: Float[Array, " F"] | None = None
 ) -> Float[Array, "*B F"]:
     """`inputs @ kernel + bias`, accumulated in at least float32 and rounded once to the dtype of `inputs`.
 
     A kernel of another dtype is cast to that of `inputs`, and its gradient is never rounded to it.
     """
-    out = quantized.product(inputs, kernel) if isinstance(kernel, Quantized) else _float_product(inputs, kernel)
+    rows = inputs.size // inputs.shape[-1]
+    if isinstance(kernel, Quantized):
+        out = quantized.product(inputs, kernel)
+    elif isinstance(kernel, Bits) and rows <= FEW:
+        out = kernel.product(inputs.reshape(rows, -1)).reshape(*inputs.shape[:-1], -1)
+    else:
+        out = _float_product(inputs, kernel.floats() if isinstance(kernel, Bits) else kernel)
     if bias is not None:
         out += bias.astype(out.dtype)
     return checkpoint_name(out.astype(inputs.dtype), PRODUCT)

@@ -15,12 +15,11 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int8
 
+from flax_vlm.layers import few_rows
 from flax_vlm.layers.param_tree import flatten_params, unflatten_params
 
 LARGEST = 127  # -128 is left out, so that zero is in the middle
 BLOCK = 256  # rows of weights that a CPU widens at a time: they stay in its cache
-UNROLLED = 32  # rows of weights that it adds up in one pass, for few inputs: they stay in its registers
-FEW = 2  # inputs
 
 
 class Quantized(struct.PyTreeNode):
@@ -56,7 +55,7 @@ def quantize(weights: Float[Array, "D F"], axis: int) -> Quantized:
 def product(inputs: Float[Array, "*B D"], kernel: Quantized) -> Float[Array, "*B F"]:
     """`inputs @ kernel`, the sums in float32 at least, in which it gives them."""
     rows = inputs.reshape(-1, inputs.shape[-1])
-    on_cpu = _in_registers if len(rows) <= FEW else _in_blocks
+    on_cpu = _of_few if len(rows) <= few_rows.FEW else _in_blocks
     out = lax.platform_dependent(rows, kernel.values, cpu=on_cpu, default=_widened)
     return (out * kernel.scale).reshape(*inputs.shape[:-1], -1)
 
@@ -64,6 +63,10 @@ def product(inputs: Float[Array, "*B D"], kernel: Quantized) -> Float[Array, "*B
 def _widened(rows: Float[Array, "B D"], values: Int8[Array, "D F"]) -> Float[Array, "B F"]:
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     return jnp.matmul(rows, values.astype(rows.dtype), preferred_element_type=wide)
+
+
+def _of_few(rows: Float[Array, "B D"], values: Int8[Array, "D F"]) -> Float[Array, "B F"]:
+    return few_rows.product(rows, values, lambda some: some.astype(jnp.float32))
 
 
 def _in_blocks(rows: Float[Array, "B D"], values: Int8[Array, "D F"]) -> Float[Array, "B F"]:
@@ -76,22 +79,6 @@ def _in_blocks(rows: Float[Array, "B D"], values: Int8[Array, "D F"]) -> Float[A
 
     rest = _widened(rows[:, len(values) - width :], values[len(values) - width :])
     return lax.fori_loop(0, blocks, add, rest) if blocks else rest
-
-
-def _in_registers(rows: Float[Array, "B D"], values: Int8[Array, "D F"]) -> Float[Array, "B F"]:
-    """As a sum that XLA makes one loop of: weights are widened where they are multiplied, and stored nowhere."""
-    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-    passes, rest = divmod(len(values), UNROLLED)
-
-    def add(start: Any, count: int, total: Float[Array, "B F"]) -> Float[Array, "B F"]:
-        ours = lax.dynamic_slice_in_dim(rows, start, count, 1)
-        for i in range(count):
-            weights = lax.dynamic_index_in_dim(values, start + i, 0)
-            total += ours[:, i : i + 1] * weights.astype(rows.dtype)
-        return total
-
-    total = add(passes * UNROLLED, rest, jnp.zeros((len(rows), values.shape[1]), rows.dtype))
-    return lax.fori_loop(0, passes, lambda i, total: add(i * UNROLLED, UNROLLED, total), total) if passes else total
 
 
 def summed_axis(path: str, shape: tuple[int, ...]) -> int | None:

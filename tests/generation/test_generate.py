@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from flax_vlm.generation import GenerateOutput, GenerationConfig, bucket_length, generate
+from flax_vlm.generation import api
 from flax_vlm.generation.api import begin_request
 from flax_vlm.generation.loop import decode
 from flax_vlm.generation.request import make_request
+from flax_vlm.layers.few_rows import for_few_rows
 from flax_vlm.layers.kv_cache import KeyValue, KVCache
 from flax_vlm.layers.quantized import quantize_params
 from tests.generation.test_stop_strings import word_tokenizer
@@ -111,8 +114,13 @@ def test_beams_of_other_worth_do_not_compile(compiled: Any) -> None:
 
 @pytest.mark.parametrize(
     "dtype, prepare, width",
-    [(jnp.float32, dict, 64), (jnp.bfloat16, dict, 64), (jnp.bfloat16, quantize_params, 1024)],
-    ids=["float32", "bfloat16", "int8"],
+    [
+        (jnp.float32, dict, 64),
+        (jnp.bfloat16, dict, 64),
+        (jnp.bfloat16, quantize_params, 1024),
+        (jnp.bfloat16, partial(for_few_rows, rows=1), 1024),
+    ],
+    ids=["float32", "bfloat16", "int8", "bits of bfloat16"],
 )
 def test_the_loop_needs_no_second_copy_of_weights_or_cache(dtype: Any, prepare: Any, width: int) -> None:
     """Not of other dtype either: XLA likes to widen weights once for all tokens."""
@@ -139,6 +147,19 @@ def test_bfloat16() -> None:
         assert out.scores is not None and out.scores.dtype == jnp.float32
         if out.cache is not None:
             assert out.cache.layers[0].key.dtype == jnp.bfloat16
+
+
+def test_bfloat16_of_a_row_or_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TinyDecoder(dtype=jnp.bfloat16)
+    params = random_params(model)
+    config = GenerationConfig(max_new_tokens=9, output_scores=True)
+    of_bits = [generate(model, params, prompts(*lengths), config) for lengths in ([7], [5, 9])]
+    monkeypatch.setattr(api, "for_few_rows", lambda params, rows: params)
+    of_floats = [generate(model, params, prompts(*lengths), config) for lengths in ([7], [5, 9])]
+    for found, expected in zip(of_bits, of_floats, strict=True):
+        assert found.scores is not None and expected.scores is not None
+        np.testing.assert_array_equal(found.sequences, expected.sequences)
+        np.testing.assert_allclose(found.scores, expected.scores, atol=0.05 * np.abs(expected.scores).max())
 
 
 @pytest.mark.usefixtures("x64")

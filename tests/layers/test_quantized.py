@@ -12,9 +12,10 @@ from flax import linen as nn
 from flax_vlm.layers import quantized
 from flax_vlm.layers.decoupled import DecoupledEmbed, DecoupledHead
 from flax_vlm.layers.embed import Embed
+from flax_vlm.layers.few_rows import UNROLLED
 from flax_vlm.layers.linear import Dense, matmul
 from flax_vlm.layers.param_tree import flatten_params
-from flax_vlm.layers.quantized import BLOCK, UNROLLED, Quantized, is_quantized, quantize, quantize_params
+from flax_vlm.layers.quantized import BLOCK, Quantized, is_quantized, quantize, quantize_params
 from flax_vlm.layers.stack import stack_params, unstack_params
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
 
@@ -61,10 +62,11 @@ def test_a_product(rows: tuple[int, ...], width: int, x64: None) -> None:
 
 @pytest.mark.parametrize("width", [3, UNROLLED + 3, BLOCK + 9])
 @pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("on_cpu", [quantized._in_registers, quantized._in_blocks])
-def test_on_all_devices_the_product_is_one(on_cpu: Callable[..., Any], rows: int, width: int, x64: None) -> None:
-    values, inputs = quantize(array(width, FEATURES), 0).values, array(rows, width)
-    assert_close(on_cpu(inputs, values), quantized._widened(inputs, values), FLOAT64)
+@pytest.mark.parametrize("on_cpu", [quantized._of_few, quantized._in_blocks])
+def test_on_all_devices_the_product_is_one(on_cpu: Callable[..., Any], rows: int, width: int) -> None:
+    values = quantize(array(width, FEATURES, dtype=jnp.float32), 0).values
+    inputs = array(rows, width, dtype=jnp.float32)
+    assert_close(on_cpu(inputs, values), quantized._widened(inputs, values), FLOAT32)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
