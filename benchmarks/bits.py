@@ -1,9 +1,9 @@
 """How few bits a weight can have: of the next tokens of right answers, how many stay the same?
 
 The two generating models of examples/ are asked about held-out pictures in bfloat16, as they are and with their kernels
-rounded: to eight bits as `from_pretrained(quantize="int8")` holds them, and to four as it does not. In four bits a group
-of weights of one output has a scale and a least value of its own, each in 16 bits, and tables of tokens and the head
-stay in eight.
+rounded: to eight bits as `from_pretrained(quantize="int8")` holds them, and to four as it does not. In four bits a
+group of weights of one output has a scale and a least value of its own, each in 16 bits, and tables of tokens and the
+head stay in eight.
 """
 
 import argparse
@@ -128,7 +128,9 @@ def idefics(vlm: Any, example: Path, every: int) -> Asked:
     with np.load(example / "heldout.npz") as held_out:
         images, labels = held_out["images"], held_out["labels"]
     questions = demo.make_questions(demo.read_speeches(example), labels)[::every]
-    texts = [[*question.items([images[index] for index in question.pictures]), question.answer] for question in questions]
+    texts = [
+        [*question.items([images[index] for index in question.pictures]), question.answer] for question in questions
+    ]
     inputs = vlm.processor(texts)
     return Asked(inputs, inputs["attention_mask"] > 0)
 

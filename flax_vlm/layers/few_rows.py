@@ -20,6 +20,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Integer, UInt16
 from flax_vlm.layers.param_tree import flatten_params, unflatten_params
 
 FEW = 2
+LARGE = 1 << 18  # weights: of fewer, what is gained is less than it takes to compile
 UNROLLED = 32  # rows of weights that are added up in one pass
 
 
@@ -54,6 +55,7 @@ def product(
     passes, rest = divmod(len(weights), UNROLLED)
 
     def add(start: Any, count: int, total: Float[Array, "B F"]) -> Float[Array, "B F"]:
+        start = jnp.uint32(start)  # of a number that may be negative, what it counts from is looked for each time
         ours = lax.dynamic_slice_in_dim(rows, start, count, 1)
         for i in range(count):
             theirs = as_floats(lax.dynamic_index_in_dim(weights, start + i, 0))
@@ -65,15 +67,15 @@ def product(
 
 
 def for_few_rows(params: Any, rows: int) -> Any:
-    """`params` with `Bits`, which share their memory, for kernels of bfloat16 on one CPU; as they are for more rows."""
+    """`params` to multiply so many rows by: on one CPU with `Bits`, which share their memory, for large kernels."""
     if rows > FEW:
         return params
     return unflatten_params({path: _bits(path, leaf) for path, leaf in flatten_params(params).items()})
 
 
 def _bits(path: str, leaf: Any) -> Any:
-    plain = isinstance(leaf, jax.Array) and leaf.ndim == 2 and leaf.dtype == jnp.bfloat16
-    if not plain or not path.endswith("/kernel"):
+    large = isinstance(leaf, jax.Array) and leaf.ndim == 2 and leaf.size >= LARGE
+    if not large or leaf.dtype != jnp.bfloat16 or not path.endswith("/kernel"):
         return leaf
     (device, *others) = leaf.devices()
     if others or device.platform != "cpu":

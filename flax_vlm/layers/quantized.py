@@ -55,7 +55,8 @@ def quantize(weights: Float[Array, "D F"], axis: int) -> Quantized:
 def product(inputs: Float[Array, "*B D"], kernel: Quantized) -> Float[Array, "*B F"]:
     """`inputs @ kernel`, the sums in float32 at least, in which it gives them."""
     rows = inputs.reshape(-1, inputs.shape[-1])
-    on_cpu = _of_few if len(rows) <= few_rows.FEW else _in_blocks
+    few = len(rows) <= few_rows.FEW and kernel.values.size >= few_rows.LARGE
+    on_cpu = _of_few if few else _in_blocks
     out = lax.platform_dependent(rows, kernel.values, cpu=on_cpu, default=_widened)
     return (out * kernel.scale).reshape(*inputs.shape[:-1], -1)
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_vlm.generation import GenerateOutput, GenerationConfig, bucket_length, generate
-from flax_vlm.generation import api
+from flax_vlm.generation import GenerateOutput, GenerationConfig, api, bucket_length, generate
 from flax_vlm.generation.api import begin_request
 from flax_vlm.generation.loop import decode
 from flax_vlm.generation.request import make_request
+from flax_vlm.layers import few_rows
 from flax_vlm.layers.few_rows import for_few_rows
 from flax_vlm.layers.kv_cache import KeyValue, KVCache
 from flax_vlm.layers.quantized import quantize_params
@@ -150,6 +150,7 @@ def test_bfloat16() -> None:
 
 
 def test_bfloat16_of_a_row_or_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "LARGE", 0)
     model = TinyDecoder(dtype=jnp.bfloat16)
     params = random_params(model)
     config = GenerationConfig(max_new_tokens=9, output_scores=True)

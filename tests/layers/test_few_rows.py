@@ -15,6 +15,11 @@ RNG = np.random.default_rng(0)
 FEATURES = 5
 
 
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "LARGE", 0)
+
+
 def floats(*shape: int) -> jax.Array:
     return jnp.asarray(RNG.normal(size=shape), jnp.bfloat16)
 
@@ -45,10 +50,12 @@ def test_every_value_of_bfloat16() -> None:
     np.testing.assert_array_equal(np.asarray(few_rows._as_float32(jnp.asarray(patterns[None])))[0], expected)
 
 
-def test_only_kernels_of_bfloat16_and_without_a_copy() -> None:
+def test_only_large_kernels_of_bfloat16_and_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "LARGE", 12)
     params = {
         "layer": {"kernel": floats(4, 3), "bias": floats(3)},
         "words": {"embedding": floats(6, 4)},
+        "small": {"kernel": floats(4, 2)},
         "layers": {"kernel": floats(2, 4, 3)},
         "wide": {"kernel": floats(4, 3).astype(jnp.float32)},
     }
