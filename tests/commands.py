@@ -17,7 +17,7 @@ from unittest import mock
 import jax
 
 from benchmarks import __main__ as benchmarks_command
-from benchmarks import contest, parity
+from benchmarks import bits, contest, parity
 from benchmarks.cases import Case
 from benchmarks.conversion import __main__ as conversion_command
 from benchmarks.conversion import contest as conversion_contest
@@ -118,6 +118,13 @@ class Runner:
             assert parity.main([*words[3:], "--dtype", "float32"]) == 0
         assert not slow or out.getvalue().count("| float32 |") == 4
 
+    def bits(self, words: list[str], slow: bool) -> None:
+        """Its table of few questions; else only its options."""
+        without = mock.patch.object(bits, "compare", lambda name, example, ask, every: [])
+        with contextlib.nullcontext() if slow else without, _printed() as out:
+            assert bits.main([*words[3:], "--every", "100"]) == 0
+        assert not slow or out.getvalue().count("| int4, ") == 8
+
     def conversion(self, words: list[str], slow: bool) -> None:
         """`plan` as it is; measured, at tiny sizes and not at all where it has to be quick."""
         arguments = ["--workdir", str(self.folder), "--json", str(self.folder / "conversion.json"), *words[3:]]
@@ -169,7 +176,7 @@ def find(command: Command) -> Callable[[Runner, list[str], bool], None]:
     words = command.words
     if words[:2] == ["python", "-m"]:
         known = {"benchmarks": Runner.benchmarks, "benchmarks.parity": Runner.parity}
-        known |= {"benchmarks.conversion": Runner.conversion}
+        known |= {"benchmarks.bits": Runner.bits, "benchmarks.conversion": Runner.conversion}
         chosen = known.get(words[2])
     else:
         known = {"flax-vlm": Runner.flax_vlm, "make": Runner.make, "pytest": Runner.pytest, "pip": Runner.pip}

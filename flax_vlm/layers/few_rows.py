@@ -36,9 +36,10 @@ class Bits(struct.PyTreeNode):
     def floats(self) -> BFloat16[Array, "D F"]:
         return lax.bitcast_convert_type(self.values, jnp.bfloat16)
 
-    def product(self, rows: Float[Array, "B D"]) -> Float[Array, "B F"]:
-        """`rows @ kernel`, the sums in float32 at least, in which it gives them."""
-        return product(rows, self.values, _as_float32)
+    def product(self, inputs: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        """`inputs @ kernel`, the sums in float32 at least, in which it gives them."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return product(rows, self.values, _as_float32).reshape(*inputs.shape[:-1], -1)
 
 
 def _as_float32(bits: UInt16[Array, "_ F"]) -> Float32[Array, "_ F"]:

@@ -47,13 +47,14 @@ def matmul(
 
     A kernel of another dtype is cast to that of `inputs`, and its gradient is never rounded to it.
     """
-    rows = inputs.size // inputs.shape[-1]
+    if isinstance(kernel, Bits) and inputs.size > FEW * inputs.shape[-1]:
+        kernel = kernel.floats()
     if isinstance(kernel, Quantized):
         out = quantized.product(inputs, kernel)
-    elif isinstance(kernel, Bits) and rows <= FEW:
-        out = kernel.product(inputs.reshape(rows, -1)).reshape(*inputs.shape[:-1], -1)
+    elif isinstance(kernel, Bits):
+        out = kernel.product(inputs)
     else:
-        out = _float_product(inputs, kernel.floats() if isinstance(kernel, Bits) else kernel)
+        out = _float_product(inputs, kernel)
     if bias is not None:
         out += bias.astype(out.dtype)
     return checkpoint_name(out.astype(inputs.dtype), PRODUCT)
