@@ -19,7 +19,7 @@ CONFIG = TrainConfig(
     output=str(FOLDER / "run"),
     data=DataConfig(paths=(str(FOLDER / "data.array_record"),), format="conversations", max_length=64),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, b2=0.98, weight_decay=0.1),
-    steps=900,
+    steps=1800,
     batch_size=32,
     dtype="float32",
     remat="none",

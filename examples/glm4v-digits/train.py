@@ -107,8 +107,8 @@ def main() -> None:
 def conversations(speeches: list[demo.SceneSpeech], learning: pictures.Digits) -> Iterator[Record]:
     """As many as the recipe's steps take, so that none comes twice.
 
-    One in four asks for all digits. The others ask about the four cells in any order, for the place of a digit as often
-    as for the digit of a place.
+    One in four asks for all digits. The others ask about the four cells in any order: for the place of a digit in the
+    first question alone, as later ones leave few places, and else for the digit, which no answer before gives away.
     """
     rng = np.random.default_rng(SEED)
     for _ in range(recipe.CONFIG.steps * recipe.CONFIG.batch_size):
@@ -117,9 +117,10 @@ def conversations(speeches: list[demo.SceneSpeech], learning: pictures.Digits) -
         if rng.random() < 0.25:
             asked = [question_about(rng, speech, "every", scene, 0, 0)]
         else:
+            first: demo.SceneTask = "where" if rng.random() < 0.5 else "which"
             asked = [
-                question_about(rng, speech, "where" if rng.random() < 0.5 else "which", scene, 0, cell)
-                for cell in rng.permutation(4).tolist()
+                question_about(rng, speech, "which" if number else first, scene, 0, cell)
+                for number, cell in enumerate(rng.permutation(4).tolist())
             ]
         messages: list[dict[str, object]] = []
         for question in asked:

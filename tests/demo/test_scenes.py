@@ -43,8 +43,8 @@ def test_answers_about_held_out_digits_are_as_good_as_the_card_says(talk: demo.S
             assert total >= 195
             # Rounding differs between processors, and may turn an answer or two.
             assert abs(right - expected) <= 2, (language, task, "run evaluate.py --write-card")
-            # "where" has hardly been learnt, as the card says: a bound that it passes would say nothing.
-            assert task == "where" or right >= 0.95 * total, (language, task)
+            # "where" has been learnt least, as the card says; who names any cell that is not empty is right in 34 %.
+            assert right >= (0.55 if task == "where" else 0.95) * total, (language, task)
 
 
 def test_answers_depend_on_where_the_digits_are(vlm: flax_vlm.VLM, pictures: tuple[np.ndarray, np.ndarray]) -> None:
