@@ -53,9 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every n-th question only")
     options = parser.parse_args(arguments)
-    about = machine.describe()
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    print(f"{about['cpu']}, {jax.default_backend()}; {versions}; commit {about['commit']}; {about['date']}\n")
+    print(f"{machine.headline()}\n")
     print("| weights | model | bits | next tokens as in bfloat16 |\n|---|---|---:|---:|")
     for name, (folder, ask) in MODELS.items():
         for row in compare(name, EXAMPLES / folder, ask, options.every):

@@ -32,6 +32,15 @@ def describe() -> dict[str, Any]:
     }
 
 
+def headline() -> str:
+    """What a table of results, not of times, says of where it comes from."""
+    import jax
+
+    about = describe()
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"{about['cpu']}, {jax.default_backend()}; {versions}; commit {about['commit']}; {about['date']}"
+
+
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -100,9 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     jax.config.update("jax_default_matmul_precision", "highest")
     chosen = [(family, dtype) for family in options.families or FAMILIES for dtype in options.dtype or DTYPES]
     rows = [row for family, dtype in chosen for row in compare(family, dtype)]
-    about = machine.describe()
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    print(f"{about['cpu']}, {jax.default_backend()}; {versions}; commit {about['commit']}; {about['date']}\n")
+    print(f"{machine.headline()}\n")
     print(as_markdown(rows))
     return 0
 

@@ -81,7 +81,7 @@ def xla_programs(found: Counter[str]) -> Iterator[None]:
             if told:
                 found[told[1]] += 1
 
-    logger, handler = logging.getLogger("jax._src.dispatch"), Handler()
+    logger, handler = logging.getLogger("jax"), Handler()
     logger.addHandler(handler)
     with jax.log_compiles():
         yield

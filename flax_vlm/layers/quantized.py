@@ -72,6 +72,8 @@ def _of_few(rows: Float[Array, "B D"], values: Int8[Array, "D F"]) -> Float[Arra
 
 def _in_blocks(rows: Float[Array, "B D"], values: Int8[Array, "D F"]) -> Float[Array, "B F"]:
     """Block by block of D: to write a widened copy of the weights would take longer than to read them."""
+    if len(rows) == 1:
+        rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))  # what a CPU multiplies one row by fastest
     blocks, width = divmod(len(values), BLOCK)
 
     def add(block: Any, total: Float[Array, "B F"]) -> Float[Array, "B F"]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flax_vlm.layers import quantized
+from flax_vlm.layers import few_rows, quantized
 from flax_vlm.layers.decoupled import DecoupledEmbed, DecoupledHead
 from flax_vlm.layers.embed import Embed
 from flax_vlm.layers.few_rows import UNROLLED
@@ -21,6 +21,11 @@ from tests.tolerances import FLOAT32, FLOAT64, assert_close
 
 RNG = np.random.default_rng(0)
 FEATURES = 5
+
+
+@pytest.fixture(autouse=True)
+def few_rows_of_small_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "LARGE", 0)
 
 
 def floats(kernel: Quantized) -> np.ndarray:
@@ -63,10 +68,9 @@ def test_a_product(rows: tuple[int, ...], width: int, x64: None) -> None:
 @pytest.mark.parametrize("width", [3, UNROLLED + 3, BLOCK + 9])
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("on_cpu", [quantized._of_few, quantized._in_blocks])
-def test_on_all_devices_the_product_is_one(on_cpu: Callable[..., Any], rows: int, width: int) -> None:
-    values = quantize(array(width, FEATURES, dtype=jnp.float32), 0).values
-    inputs = array(rows, width, dtype=jnp.float32)
-    assert_close(on_cpu(inputs, values), quantized._widened(inputs, values), FLOAT32)
+def test_on_all_devices_the_product_is_one(on_cpu: Callable[..., Any], rows: int, width: int, x64: None) -> None:
+    values, inputs = quantize(array(width, FEATURES), 0).values, array(rows, width)
+    assert_close(on_cpu(inputs, values), quantized._widened(inputs, values), FLOAT64)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
